@@ -1,0 +1,132 @@
+"""The deployment description: YAML plus command-line overrides, read once, typed and frozen.
+
+Units are in the names, `None` means "found out at the start".  An unknown key is an error that
+names it and the nearest key there is.  Measured facts (how many KV blocks fit, the device) are
+not here: they come back in the agent's Ready message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pathlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from llm_serving.errors import ConfigError
+
+__all__ = [
+    "AgentConfig",
+    "CacheConfig",
+    "LoggingConfig",
+    "ModelSection",
+    "SchedulerConfig",
+    "ServerConfig",
+    "ServingConfig",
+    "load_config",
+]
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str = "smollm2-135m-instruct"  # a name `pull` knows, a folder, a .gguf file, a hub id
+    served_names: Annotated[list[str], msgspec.Meta(min_length=1)] = ["llama2"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Positive | None = None  # tokens of prompt and output; None: the model's own
+
+
+class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 8835  # 0: any free one
+    request_timeout_s: Seconds = 600.0  # the longest a request may wait and run
+    shutdown_grace_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0  # running requests may end
+    max_body_bytes: Positive = 2 * 1024 * 1024
+
+
+class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    max_num_seqs: Positive = 64
+    max_num_batched_tokens: Positive = 2048
+    max_num_waiting: Positive = 1024
+    prefix_caching: bool = True
+    num_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+
+
+class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16  # tokens
+    num_blocks: Positive | None = None  # None: from the memory that is there
+
+
+class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    device: str = "auto"  # auto, cpu, cuda
+    num_threads: Positive | None = None  # None: the processors this server may use
+    transport: Literal["tcp", "unix"] = "tcp"  # control frames; tensors are in shared memory
+    start_timeout_s: Seconds = 600.0
+    step_timeout_s: Seconds = 300.0
+    stall_s: Seconds = 30.0  # work outstanding and no layer finished for so long: not ready
+    max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 5  # within ten minutes
+
+
+class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    model: ModelSection = ModelSection()
+    server: ServerConfig = ServerConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    kv_cache: CacheConfig = CacheConfig()
+    agent: AgentConfig = AgentConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+def load_config(
+    path: pathlib.Path | None, overrides: Mapping[str, object] | None = None
+) -> ServingConfig:
+    """Settings of a YAML file, with `overrides` ("scheduler.max_num_seqs": 8) on top.
+
+    Raises ConfigError, naming the key, for anything that is unknown or out of range.
+    """
+    settings = {} if path is None else _read(path)
+    for dotted, value in (overrides or {}).items():
+        section, key = dotted.split(".")
+        inner = settings.setdefault(section, {})
+        if isinstance(inner, dict):
+            inner[key] = value
+    where = "command line" if path is None else str(path)
+    _refuse_unknown(settings, ServingConfig, where)
+    try:
+        return msgspec.convert(settings, ServingConfig)
+    except msgspec.ValidationError as exc:
+        raise ConfigError(f"{where}: {exc}") from exc
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read the configuration: {exc}") from exc
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"{path} is not YAML: {exc}") from exc
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:', found {settings!r:.60}")
+    return settings
+
+
+def _refuse_unknown(settings: Mapping[Any, Any], kind: type, where: str, inside: str = "") -> None:
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in settings.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, 1, 0.5)
+            hint = f"did you mean {inside}{near[0]}?" if near else f"known: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {inside}{key}; {hint}")
+        inner = fields[key]
+        if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}: {inside}{key} is a section, found {value!r:.60}")
+            _refuse_unknown(value, inner, where, f"{inside}{key}.")

@@ -1,0 +1,71 @@
+"""What is known of a model that is ready to be served: the words of preparation to everybody else.
+
+`prepare` writes a card beside what it converted; the front end reads the tokenizer and the ids
+from it, the agent the hyperparameters and the weight files.  Neither opens the original again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["CARD_VERSION", "Dtype", "ModelCard", "ModelConfig", "RopeScaling"]
+
+CARD_VERSION = 1  # raised when what is cached changes its meaning
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Hugging Face's `rope_scaling` (5.x: `rope_parameters`), under its names."""
+
+    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn; None: from factor and the mscales
+    mscale: float | None = None  # yarn
+    mscale_all_dim: float | None = None  # yarn
+    truncate: bool = True  # yarn
+
+
+class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The hyperparameters of a LLaMA-family model, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False  # LLaMA's attention_bias is qkv_bias and o_bias; Qwen2 has the former
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3: rms norm over head_dim of every query and key head
+    sliding_window: int | None = None  # served only up to this context, where it changes nothing
+
+
+class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    version: int
+    name: str  # for people: "SmolLM2-135M-Instruct.Q4_1"
+    source: str  # the file or folder it was made from
+    architecture: str  # "LlamaForCausalLM"
+    config: ModelConfig
+    dtype: Dtype  # what the agent computes in
+    weights: list[str]  # safetensors files, absolute; Hugging Face tensor names, any float dtype
+    weights_kind: str  # what the original held: "Q4_1", "bfloat16"
+    tokenizer: str  # a tokenizer.json whose own post-processor adds BOS, or does not
+    digest: str  # names weights and tokenizer: same digest, same model
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = []
+    chat_template: str | None = None
