@@ -34,9 +34,15 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = "smollm2-135m-instruct"  # a name `pull` knows, a folder, a .gguf file, a hub id
-    served_names: Annotated[list[str], msgspec.Meta(min_length=1)] = ["llama2"]
+    served_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive | None = None  # tokens of prompt and output; None: the model's own
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the model is called in URLs and metrics; by default llama2 and its own name."""
+        own = pathlib.PurePath(self.path).name.removesuffix(".gguf").lower()
+        return self.served_names or tuple(dict.fromkeys(("llama2", own)))
 
 
 class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,7 +55,7 @@ class ServerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_seqs: Positive = 64
-    max_num_batched_tokens: Positive = 2048
+    max_num_batched_tokens: Positive = 512
     max_num_waiting: Positive = 1024
     prefix_caching: bool = True
     num_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
@@ -101,7 +107,19 @@ def load_config(
     try:
         return msgspec.convert(settings, ServingConfig)
     except msgspec.ValidationError as exc:
-        raise ConfigError(f"{where}: {exc}") from exc
+        raise ConfigError(f"{where}: {_named(str(exc), settings)}") from exc
+
+
+def _named(complaint: str, settings: Mapping[str, Any]) -> str:
+    """msgspec's "Expected ... - at `$.a.b`" with the key first and what came last."""
+    expected, _, path = complaint.partition(" - at `$.")
+    if not path:
+        return complaint
+    dotted = path.rstrip("`")
+    found: Any = settings
+    for key in dotted.partition("[")[0].split("."):
+        found = found[key]
+    return f"{dotted}: {expected[0].lower()}{expected[1:]}, found {found!r:.60}"
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+# make serve    a server on 127.0.0.1:8835 with the default model, until Ctrl-C
+# make test     everything installed and the tests passed
+# make check    formatting, lint, types, architecture; writes nothing
+# make fix      what can be mended by itself
+#
+# TORCH_INDEX   where torch comes from if not from pip's own index, for example
+#               make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test check fix clean
+
+help:
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+
+install: $(VENV)/installed
+
+# The text-generation client wants an older huggingface-hub than transformers: it lives apart.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
+	$(PIP) install --quiet -c constraints.txt -e '.[test]'
+	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/clients -c constraints.txt text-generation==0.7.0
+	@touch $@
+
+serve: install
+	$(BIN)/llm-serving serve --config configs/smollm2_135m.yaml
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+fix: install
+	$(BIN)/ruff check --fix --quiet .
+	$(BIN)/ruff format --quiet .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

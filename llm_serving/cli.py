@@ -1,0 +1,53 @@
+"""Which command was meant?  The table of commands; nothing else is known here.
+
+Every command is a module with a `main(argv) -> exit code`, and only the one that was asked for is
+imported: the front end must never load torch, nor `stop` the front end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.metadata import version
+
+from llm_serving.errors import ServingError
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "serve": "serve a model over HTTP, in the foreground until Ctrl-C",
+    "stop": "end a server that was started on this machine",
+    "pull": "fetch a model by name, check it and keep it in the cache",
+    "prepare": "convert a model into the cache, as `serve` would at its first start",
+    "agent": "one worker process; started by `serve`",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; its exit code.  What a user can mend is one sentence on stderr."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name in ("-V", "--version"):
+        print(f"llm-serving {version('llm-serving')}")
+        return 0
+    if name not in COMMANDS:
+        print(f"llm-serving: no command {name!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(f"llm_serving.commands.{name}")
+    try:
+        return int(command.main(rest))
+    except ServingError as exc:
+        print(f"llm-serving {name}: {exc}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        ["usage: llm-serving COMMAND [OPTIONS]", "", *lines, "", "llm-serving COMMAND --help"]
+    )

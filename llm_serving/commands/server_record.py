@@ -1,0 +1,87 @@
+"""Which servers of this user run here: one locked file for each port, for `stop` to find.
+
+    <runtime folder>/server-8835.json      {"pid": 4711, "host": "127.0.0.1", "port": 8835}
+
+The server holds an flock on its file for as long as it lives, so a file without a lock is left
+over, whatever its pid says, and two servers cannot start on one port side by side.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pathlib
+from contextlib import suppress
+
+import msgspec
+
+from llm_serving.errors import ConfigError
+from llm_serving.transport.runtime_folder import runtime_folder
+
+__all__ = ["Record", "ServerRecord", "find_server"]
+
+
+class Record(msgspec.Struct, frozen=True):
+    pid: int
+    host: str
+    port: int
+
+
+class ServerRecord:
+    """Held by a running server."""
+
+    def __init__(self, path: pathlib.Path, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    @classmethod
+    def claim(cls, host: str, port: int) -> ServerRecord:
+        """Say that this process serves the port.  Raises ConfigError if another one does."""
+        path = _path(port)
+        while True:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                other = find_server(port)
+                who = f" (pid {other.pid})" if other else ""
+                raise ConfigError(f"another llm-serving{who} is starting on port {port}") from None
+            if _is_same_file(fd, path):  # not one that its last owner has just unlinked
+                break
+            os.close(fd)
+        os.truncate(fd, 0)
+        os.pwrite(fd, msgspec.json.encode(Record(os.getpid(), host, port)), 0)
+        return cls(path, fd)
+
+    def release(self) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
+        os.close(self._fd)
+
+
+def find_server(port: int) -> Record | None:
+    """The living server of a port, if it is this user's."""
+    try:
+        fd = os.open(_path(port), os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        with suppress(msgspec.DecodeError):  # not written yet
+            return msgspec.json.decode(os.pread(fd, 4096, 0), type=Record)
+        return None
+    finally:
+        os.close(fd)
+
+
+def _path(port: int) -> pathlib.Path:
+    return runtime_folder() / f"server-{port}.json"
+
+
+def _is_same_file(fd: int, path: pathlib.Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    return False
