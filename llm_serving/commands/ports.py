@@ -43,7 +43,7 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 def _holder(port: int) -> str | None:
-    """"python3 (pid 4711)", or None if nobody listens or it cannot be seen."""
+    """ "python3 (pid 4711)", or None if nobody listens or it cannot be seen."""
     inodes = _inodes(port)
     for process in _PROC.glob("[0-9]*"):
         if inodes & _sockets(process):

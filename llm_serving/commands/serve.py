@@ -120,6 +120,7 @@ def serve(
     overrides = {key: value for key, value in given.items() if value is not None}
     settings = load_config(config, overrides)
     logging.basicConfig(
-        level=settings.logging.level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+        level=settings.logging.level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     return serve_until_stopped(settings)

@@ -1,6 +1,6 @@
 """Which servers of this user run here: one locked file for each port, for `stop` to find.
 
-    <runtime folder>/server-8835.json      {"pid": 4711, "host": "127.0.0.1", "port": 8835}
+    <runtime folder>/servers/8835.json      {"pid": 4711, "host": "127.0.0.1", "port": 8835}
 
 The server holds an flock on its file for as long as it lives, so a file without a lock is left
 over, whatever its pid says, and two servers cannot start on one port side by side.
@@ -16,7 +16,7 @@ from contextlib import suppress
 import msgspec
 
 from llm_serving.errors import ConfigError
-from llm_serving.transport.runtime_folder import runtime_folder
+from llm_serving.transport.socket_folder import runtime_folder
 
 __all__ = ["Record", "ServerRecord", "find_server"]
 
@@ -78,7 +78,9 @@ def find_server(port: int) -> Record | None:
 
 
 def _path(port: int) -> pathlib.Path:
-    return runtime_folder() / f"server-{port}.json"
+    folder = runtime_folder() / "servers"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"{port}.json"
 
 
 def _is_same_file(fd: int, path: pathlib.Path) -> bool:

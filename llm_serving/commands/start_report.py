@@ -47,9 +47,11 @@ class StartReport:
         kernels = ", ".join(sorted(set(ready.kernels.values())))
         print(f"agent      {ready.device}, {ready.dtype}, {ready.num_threads} threads, {kernels}")
         for agent in agents:
+            address = agent["address"]
+            where = ":".join(map(str, address)) if isinstance(address, tuple) else address
             print(
                 f"transport  agent {agent['rank']} (pid {agent['pid']}): {agent['transport']} "
-                f"{agent['address']} + shared memory, round trip {agent['round_trip_us']} us"
+                f"{where} + shared memory, round trip {agent['round_trip_us']} us"
             )
         tokens = ready.num_blocks * ready.block_size
         print(f"KV cache   {ready.num_blocks} blocks of {ready.block_size} tokens: {tokens} tokens")

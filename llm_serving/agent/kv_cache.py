@@ -1,0 +1,74 @@
+"""The bytes of the KV cache: how many blocks there are, and where each layer's keys and values lie.
+
+Layout: [layer, 2, block, offset, head, dim], keys before values.  The memory is taken but not
+touched, so a page costs nothing until a token is written to it; what was never written may hold
+anything, NaN included.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from llm_serving.errors import ConfigError
+from llm_serving.model_card import ModelConfig
+
+__all__ = ["KvCache", "bytes_per_block", "default_num_blocks"]
+
+MAX_BYTES_ON_CPU = 4 << 30
+SHARE_OF_MEMORY = 4  # a quarter
+
+
+def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    values = 2 * config.num_key_value_heads * config.head_dim * block_size
+    return config.num_hidden_layers * values * dtype.itemsize
+
+
+def default_num_blocks(
+    block_bytes: int,
+    *,
+    available_bytes: int,
+    on_cpu: bool,
+    max_num_seqs: int,
+    max_model_len: int,
+    block_size: int,
+) -> int:
+    """Blocks for everything that may run at once, within a quarter of memory and 4 GiB on a CPU.
+
+    At least one.
+    """
+    budget = available_bytes // SHARE_OF_MEMORY
+    if on_cpu:
+        budget = min(budget, MAX_BYTES_ON_CPU)
+    wanted = max_num_seqs * -(-max_model_len // block_size)
+    return max(1, min(wanted, budget // block_bytes))
+
+
+class KvCache:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Raises ConfigError if the memory is not to be had."""
+        heads, dim = config.num_key_value_heads, config.head_dim
+        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, dim)
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_bytes = num_blocks * bytes_per_block(config, block_size, dtype)
+        try:
+            self.tensor = torch.empty(shape, dtype=dtype, device=device)
+        except (RuntimeError, MemoryError) as exc:  # torch's out of memory is a RuntimeError
+            raise ConfigError(
+                f"kv_cache.num_blocks: {num_blocks} blocks of {block_size} tokens take "
+                f"{self.num_bytes / 2**30:.1f} GiB, which is not to be had on {device}"
+            ) from exc
+        slots = self.tensor.view(config.num_hidden_layers, 2, -1, heads, dim)
+        self.layers = [(layer[0], layer[1]) for layer in slots.unbind(0)]
+
+    @property
+    def num_tokens(self) -> int:
+        """What the whole pool holds; a request that needs more can never be served."""
+        return self.num_blocks * self.block_size

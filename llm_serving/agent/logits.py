@@ -1,0 +1,112 @@
+"""What changes the logits of a row before anything is drawn: biases and penalties.
+
+In this order, in place: logit bias, repetition penalty (prompt and output), frequency and
+presence penalty (output only).  A row that asks for none of them is not touched.  Ids that the
+model has no logit for are ignored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_serving.errors import ChannelError
+from llm_serving.step_arrays import StepInputs
+
+__all__ = ["adjust"]
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _History:
+    """What was said before, one entry per occurrence."""
+
+    rows: Ints
+    ids: Ints
+    is_output: npt.NDArray[np.bool_]
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> _History:
+        return _History(self.rows[keep], self.ids[keep], self.is_output[keep])
+
+
+def adjust(
+    logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
+) -> npt.NDArray[np.int64]:
+    """Apply biases and penalties to `logits` [num_samples, vocab]; the rows that were changed.
+
+    Raises ChannelError if a penalty needs an id of a previous step that there was not.
+    """
+    sampling = inputs.sampling
+    repeats = sampling["repetition_penalty"] != 1
+    counts = (sampling["presence_penalty"] != 0) | (sampling["frequency_penalty"] != 0)
+    changed = repeats | counts
+    if len(inputs.bias_rows):
+        changed[inputs.bias_rows] = True
+        _add_bias(logits, inputs)
+    if repeats.any() or counts.any():
+        history = _history(inputs, repeats | counts, last_ids)
+        history = history.where((history.ids >= 0) & (history.ids < logits.shape[1]))
+        _penalise_repetition(logits, history.where(repeats[history.rows]), sampling)
+        _penalise_counts(logits, history.where(counts[history.rows] & history.is_output), sampling)
+    return np.flatnonzero(changed)
+
+
+def _history(
+    inputs: StepInputs, wanted: npt.NDArray[np.bool_], last_ids: npt.NDArray[np.int32] | None
+) -> _History:
+    """The histories of the `wanted` samples, with the id that the previous step has just drawn."""
+    starts = inputs.history_starts.astype(np.int64)
+    rows = np.repeat(np.arange(len(wanted)), np.diff(starts))
+    place = np.arange(len(rows)) - starts[rows]
+    is_output = place >= inputs.history_prompt_lens[rows]
+    step_rows = np.searchsorted(inputs.query_starts, inputs.logit_positions, side="right") - 1
+    sources = inputs.sources[step_rows]
+    flying = np.flatnonzero(wanted & (sources >= 0))
+    if len(flying) and (last_ids is None or sources[flying].max() >= len(last_ids)):
+        raise ChannelError("a penalty needs the ids of the previous step, and there are none")
+    flying_ids = last_ids[sources[flying]] if last_ids is not None else flying
+    return _History(
+        np.concatenate([rows, flying]),
+        np.concatenate([inputs.history_ids.astype(np.int64), flying_ids.astype(np.int64)]),
+        np.concatenate([is_output, np.ones(len(flying), np.bool_)]),
+    )
+
+
+def _add_bias(logits: torch.Tensor, inputs: StepInputs) -> None:
+    known = (inputs.bias_ids >= 0) & (inputs.bias_ids < logits.shape[1])
+    at = _indices(logits, inputs.bias_rows[known], inputs.bias_ids[known])
+    values = torch.from_numpy(inputs.bias_values[known]).to(logits.device)
+    logits.index_put_(at, values, accumulate=True)
+
+
+def _penalise_repetition(
+    logits: torch.Tensor, history: _History, sampling: npt.NDArray[np.void]
+) -> None:
+    """Keskar et al., "CTRL" (2019), as transformers does it: what repeats writes the same value."""
+    at = _indices(logits, history.rows, history.ids)
+    penalty = torch.from_numpy(sampling["repetition_penalty"][history.rows]).to(logits.device)
+    before = logits[at]
+    logits.index_put_(at, torch.where(before < 0, before * penalty, before / penalty))
+
+
+def _penalise_counts(
+    logits: torch.Tensor, history: _History, sampling: npt.NDArray[np.void]
+) -> None:
+    """OpenAI's definition: logit - count * frequency_penalty - (count > 0) * presence_penalty."""
+    pairs = history.rows * logits.shape[1] + history.ids
+    places, counts = np.unique(pairs, return_counts=True)
+    rows, ids = np.divmod(places, logits.shape[1])
+    minus = counts * sampling["frequency_penalty"][rows] + sampling["presence_penalty"][rows]
+    at = _indices(logits, rows, ids)
+    logits.index_put_(at, -torch.from_numpy(minus.astype(np.float32)).to(logits.device), True)
+
+
+def _indices(
+    logits: torch.Tensor, rows: npt.NDArray[np.integer], ids: npt.NDArray[np.integer]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    pairs = torch.from_numpy(np.stack([rows, ids]).astype(np.int64)).to(logits.device)
+    return pairs[0], pairs[1]

@@ -1,0 +1,244 @@
+"""One step from arrays to sampled tokens: the model, its KV bytes and the sampler in one hand.
+
+It keeps no request: only weights, KV bytes and the ids it sampled last, for the rows of the next
+step that take their input from there.  Calls are synchronous, one at a time, from one thread.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blocks
+from llm_serving.agent.memory import available_memory
+from llm_serving.agent.sampler import Sampler
+from llm_serving.agent.step_check import StepLimits, check_step
+from llm_serving.agent.warm_up import warm_up_steps
+from llm_serving.errors import ChannelError, ConfigError
+from llm_serving.kernels.interface import Kernels
+from llm_serving.kernels.selection import select_device, select_kernels
+from llm_serving.model_card import CARD_VERSION, ModelCard
+from llm_serving.models.attention_metadata import MetadataBuilder
+from llm_serving.models.checkpoint import load_weights
+from llm_serving.models.layers import PlainLinears
+from llm_serving.models.llama import LlamaModel
+from llm_serving.models.rope import longest_context, rotary_table
+from llm_serving.step_arrays import StepInputs
+
+__all__ = ["ModelRunner", "StepColumns"]
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class StepColumns:
+    """The columns of a `StepResult`, and when its two halves began (time.monotonic_ns)."""
+
+    token_ids: Ints
+    logprobs: Floats
+    top_ids: Ints
+    top_logprobs: Floats
+    finite: npt.NDArray[np.bool_]
+    forward_ns: int
+    sample_ns: int
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        card: ModelCard,
+        model: LlamaModel,
+        kernels: Kernels,
+        cache: KvCache,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        device = cache.tensor.device
+        self.num_blocks = cache.num_blocks
+        self.block_size = cache.block_size
+        self.vocab_size = card.config.vocab_size
+        self.dtype = str(card.dtype)
+        self.device = str(device)
+        self.kernels = kernels.backends()
+        self._model = model
+        self._device = device
+        self._num_layers = card.config.num_hidden_layers
+        table = rotary_table(card.config, max_model_len, device)
+        self._metadata = MetadataBuilder(
+            kernels, table, cache.layers, cache.block_size, DTYPES[card.dtype]
+        )
+        self._sampler = Sampler(self.vocab_size, max_num_seqs)
+        self._limits = StepLimits(
+            self.vocab_size, max_model_len, cache.num_blocks, cache.block_size
+        )
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._last_step_id: int | None = None
+        self._last_ids = np.empty(0, np.int32)
+
+    @classmethod
+    def load(
+        cls,
+        card: ModelCard,
+        *,
+        device: str,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_threads: int,
+        phase: Callable[[str], None],
+    ) -> ModelRunner:
+        """A warm runner.  `num_blocks` None: from the memory that is there.
+
+        `phase` is called with a name as each part of the work begins.  Raises ConfigError, naming
+        the field, tensor or file, for a model that cannot be served so.
+        """
+        _check_card(card, max_model_len)
+        torch.set_num_threads(num_threads)
+        where = select_device(device)
+        kernels = select_kernels(where)
+        phase("read weights")
+        model = _read_model(card, kernels, where)
+        phase("allocate KV cache")
+        block_bytes = bytes_per_block(card.config, block_size, DTYPES[card.dtype])
+        blocks = num_blocks or default_num_blocks(
+            block_bytes,
+            available_bytes=available_memory(where),
+            on_cpu=where.type == "cpu",
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            block_size=block_size,
+        )
+        cache = KvCache(card.config, blocks, block_size, DTYPES[card.dtype], where)
+        runner = cls(
+            card,
+            model,
+            kernels,
+            cache,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
+        phase("warm up")
+        runner.warm_up()
+        return runner
+
+    def warm_up(self) -> None:
+        """Run steps of typical shapes, so that no request pays for what happens only once.
+
+        They leave keys and values that nobody reads and no last step.  `load` has called it.
+        """
+        for inputs in warm_up_steps(self._limits, self._max_num_seqs, self._max_num_batched_tokens):
+            self.execute(inputs, _ignore_tick)
+        self._last_step_id, self._last_ids = None, np.empty(0, np.int32)
+
+    def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> StepColumns:
+        """Run the model over a step's rows and sample; `tick` is called after each layer.
+
+        The arrays may be read-only and are not looked at afterwards.  Raises ChannelError for
+        arrays that do not fit together, and for `sources` unless the step before was the last one
+        that finished here.
+        """
+        forward_ns = time.monotonic_ns()
+        check_step(inputs, self._limits)
+        ids = self._input_ids(inputs)
+        with torch.inference_mode():
+            logits = self._forward(inputs, ids, tick)
+            sample_ns = time.monotonic_ns()
+            sampled = self._sampler.sample(logits, inputs, self._last_ids)
+        self._last_step_id, self._last_ids = inputs.step_id, sampled.token_ids
+        return StepColumns(
+            token_ids=sampled.token_ids,
+            logprobs=sampled.logprobs,
+            top_ids=sampled.top_ids,
+            top_logprobs=sampled.top_logprobs,
+            finite=sampled.finite,
+            forward_ns=forward_ns,
+            sample_ns=sample_ns,
+        )
+
+    def _forward(
+        self, inputs: StepInputs, ids: npt.NDArray[np.int64], tick: Callable[[], None]
+    ) -> torch.Tensor:
+        """Logits of the sampling rows, float32 [num_samples, vocab]."""
+        step = self._metadata.build(
+            inputs.positions,
+            inputs.slots,
+            inputs.query_starts,
+            inputs.context_lens,
+            inputs.block_tables,
+        )
+        hidden = self._model.embed(self._tensor(ids))
+        for layer in range(self._num_layers):
+            hidden = self._model.run_layers(hidden, step, layer, layer + 1)
+            tick()
+        sampling = self._tensor(inputs.logit_positions.astype(np.int64))
+        return self._model.logits(hidden.index_select(0, sampling))
+
+    def _input_ids(self, inputs: StepInputs) -> npt.NDArray[np.int64]:
+        """The ids to compute, those that the last step sampled put in."""
+        ids = inputs.input_ids.astype(np.int64)
+        is_taken = inputs.sources >= 0
+        if is_taken.any():
+            sources = inputs.sources[is_taken]
+            if self._last_step_id != inputs.step_id - 1:
+                raise _lost_step(inputs.step_id)
+            if sources.max() >= len(self._last_ids):
+                raise ChannelError("sources: the last step had fewer samples")
+            ids[inputs.query_starts[:-1][is_taken]] = self._last_ids[sources]
+        return ids
+
+    def _tensor(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+
+def _check_card(card: ModelCard, max_model_len: int) -> None:
+    config = card.config
+    if card.version != CARD_VERSION:
+        raise ConfigError(f"version: this model was prepared by another release; {CARD_VERSION=}")
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise ConfigError(
+            f"num_key_value_heads: {config.num_key_value_heads} does not divide "
+            f"num_attention_heads, {config.num_attention_heads}"
+        )
+    if config.sliding_window is not None and max_model_len > config.sliding_window:
+        raise ConfigError(
+            f"sliding_window: served only up to {config.sliding_window} tokens, "
+            f"where it changes nothing; max_model_len is {max_model_len}"
+        )
+    if max_model_len > longest_context(config):
+        raise ConfigError(
+            f"max_model_len: {max_model_len} is more than the model's {longest_context(config)} "
+            "(max_position_embeddings, stretched by rope_scaling)"
+        )
+
+
+def _read_model(card: ModelCard, kernels: Kernels, device: torch.device) -> LlamaModel:
+    dtype = DTYPES[card.dtype]
+    linears = PlainLinears(kernels, dtype, device)
+    model = LlamaModel(card.config, linears, kernels, dtype, device)
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    load_weights(
+        card.weights, model.tensors(), tied=tied if card.config.tie_word_embeddings else {}
+    )
+    return model
+
+
+def _lost_step(step_id: int) -> ChannelError:
+    return ChannelError(f"step {step_id} needs the samples of step {step_id - 1}, not the last one")
+
+
+def _ignore_tick() -> None:
+    pass

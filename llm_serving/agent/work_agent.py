@@ -1,0 +1,170 @@
+"""The agent's loop: a command comes, a step runs, an answer goes.  One thing at a time.
+
+It remembers nothing between steps but which one it finished last: a step that takes samples from
+any other is refused, and so is, step by step, all that was sent behind a lost one.  An error in a
+step is told and the loop goes on; any other error ends it.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llm_serving.errors import ChannelError, ServingError
+from llm_serving.generation import SAMPLING_DTYPE
+from llm_serving.protocol import (
+    Attach,
+    Command,
+    Execute,
+    Executed,
+    Failed,
+    Ping,
+    Pong,
+    Reply,
+    StepTimes,
+    Stop,
+)
+from llm_serving.step_arrays import StepInputs
+from llm_serving.transport.arena import Arena, TensorRef
+from llm_serving.transport.blocking import BlockingChannel
+from llm_serving.transport.step_counter import StepCounter
+
+__all__ = ["Columns", "Runner", "WorkAgent", "failed"]
+
+Array = npt.NDArray[Any]
+
+_COLUMNS = ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite")
+_DTYPES = {field.name: "int32" for field in fields(StepInputs) if field.name != "step_id"}
+_DTYPES |= {"sampling": "uint8", "bias_values": "float32"}  # a record travels as its bytes
+
+
+class Columns(Protocol):
+    """What a step gives: the columns of `StepResult`, and when its two halves began."""
+
+    @property
+    def token_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def logprobs(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def top_ids(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def top_logprobs(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def finite(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def forward_ns(self) -> int: ...
+    @property
+    def sample_ns(self) -> int: ...
+
+
+class Runner(Protocol):
+    """What runs a step: `agent.model_runner.ModelRunner`, or a test's own."""
+
+    num_blocks: int
+    block_size: int
+    vocab_size: int
+    dtype: str
+    device: str
+    kernels: dict[str, str]
+
+    def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> Columns:
+        """Run one step; `inputs` are views of shared memory, read-only and void on return."""
+
+
+class WorkAgent:
+    def __init__(
+        self, channel: BlockingChannel[Reply, Command], runner: Runner, agent_epoch: int
+    ) -> None:
+        self._channel = channel
+        self._runner = runner
+        self._agent_epoch = agent_epoch
+        self._memory: _Memory | None = None
+        self._last_step_id: int | None = None
+
+    def serve(self) -> None:
+        """Answer commands until Stop.  Raises AgentError when the channel ends or lies."""
+        while not isinstance(command := self._channel.recv(), Stop):
+            if isinstance(command, Execute):
+                self._channel.send(self._step(command))
+            elif isinstance(command, Ping):
+                self._channel.send(Pong(command.count))
+            else:
+                self._memory = _Memory(command, self._agent_epoch)
+
+    def _step(self, command: Execute) -> Reply:
+        received_ns = time.monotonic_ns()
+        if self._memory is None:
+            raise ChannelError("a step before Attach")
+        memory, counter = self._memory, self._memory.counter
+        counter.begin()
+        try:
+            inputs = memory.read(command)
+            self._check_sources(inputs)
+            columns = self._runner.execute(inputs, counter.tick)
+            tensors = memory.write(columns)
+        except Exception as exc:  # the outermost loop: a step may fail in any way
+            return failed(exc, command.step_id)
+        finally:
+            counter.finish()
+        self._last_step_id = command.step_id
+        done_ns = time.monotonic_ns()
+        times = StepTimes(received_ns, columns.forward_ns, columns.sample_ns, done_ns)
+        return Executed(command.step_id, self._agent_epoch, times, tensors)
+
+    def _check_sources(self, inputs: StepInputs) -> None:
+        wanted = inputs.step_id - 1
+        if self._last_step_id != wanted and inputs.sources.max(initial=-1) >= 0:
+            raise ChannelError(
+                f"step {inputs.step_id} needs the samples of {wanted}, which is lost"
+            )
+
+
+class _Memory:
+    """The segments that the master made for one agent."""
+
+    def __init__(self, attach: Attach, agent_epoch: int) -> None:
+        self._inputs = Arena.attach(attach.inputs, attach.num_slots, writes=False)
+        self._results = Arena.attach(attach.results, attach.num_slots, writes=True)
+        self.counter = StepCounter.attach(attach.counter)
+        self.counter.restart(agent_epoch)
+
+    def read(self, command: Execute) -> StepInputs:
+        """Views, valid until the step is answered: then the master may use the slot again."""
+        if command.tensors.keys() != _DTYPES.keys():
+            raise _wrong_names(command.tensors)
+        arrays: dict[str, Array] = {}
+        for name, ref in command.tensors.items():
+            if ref.dtype != _DTYPES[name]:
+                raise ChannelError(f"{name} came as {ref.dtype}, not {_DTYPES[name]}")
+            arrays[name] = self._inputs.read(ref)
+        arrays["sampling"] = arrays["sampling"].view(SAMPLING_DTYPE)
+        return StepInputs(command.step_id, **arrays)
+
+    def write(self, columns: Columns) -> dict[str, TensorRef]:
+        slot = self._results.begin()
+        if slot is None:
+            raise ChannelError("the master has not read the results of the steps before")
+        try:
+            return {name: self._results.write(slot, getattr(columns, name)) for name in _COLUMNS}
+        except ChannelError:
+            self._results.release(slot)
+            raise
+
+
+def failed(exc: Exception, step_id: int = -1) -> Failed:
+    """The error in words; where nobody foresaw it, stderr gets the traceback."""
+    if isinstance(exc, ServingError):
+        return Failed(step_id, exc.code, str(exc))
+    traceback.print_exception(exc)
+    return Failed(step_id, ServingError.code, f"{type(exc).__name__}: {exc}")
+
+
+def _wrong_names(tensors: Mapping[str, object]) -> ChannelError:
+    strange = ", ".join(sorted(tensors.keys() ^ _DTYPES.keys()))
+    return ChannelError(f"a step lacks these arrays, or does not know them: {strange}")

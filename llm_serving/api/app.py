@@ -1,0 +1,185 @@
+"""The HTTP application: which path leads to which endpoint, and what is documented.
+
+One model is served, so a path without `/models/{model}` means it.  FastAPI does the routing and
+the documentation pages; the endpoints are bare ASGI applications (see `endpoint`), so nothing
+is between a token and the socket.  A family of routes is a function that lists them: the next
+one is added in `create_app`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from msgspec import structs
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from llm_serving.api.endpoint import Edge, exchange_of
+from llm_serving.api.errors import Problem, problem_of, problem_of_status
+from llm_serving.api.openapi import ApiRoute, Operation, openapi_document
+from llm_serving.api.operation import Info, Livez, MetricsText, Readyz, Status
+from llm_serving.api.schema import GenerateBody
+from llm_serving.api.settings import ApiSettings
+from llm_serving.api.tgi import Generate
+from llm_serving.api.tgi_answer import Answer, StreamEvent
+from llm_serving.api.tokens import (
+    Detokenize,
+    DetokenizeBody,
+    Detokenized,
+    DetokenizeIdsBody,
+    TextToken,
+    Tokenize,
+    Tokenized,
+    TokenizeInputsBody,
+    TokenizePromptBody,
+)
+from llm_serving.metrics import Metrics
+from llm_serving.server.llm_server import LLMServer
+
+__all__ = ["ApiSettings", "create_app"]
+
+TITLE = "llm-serving"
+_BODY_ERRORS = ("400", "404", "413", "422", "500")
+_GENERATE_ERRORS = (*_BODY_ERRORS, "429", "503", "504")
+JSON, EVENTS = "application/json", "text/event-stream"
+
+
+def create_app(
+    server: LLMServer,
+    *,
+    settings: ApiSettings,
+    info: Callable[[], dict[str, object]],
+    metrics: Metrics,
+    version: str,
+) -> FastAPI:
+    """The application that serves `server`; it starts and stops nothing."""
+    app = _Application(settings, version)
+    routes = [
+        *_tgi_routes(server, settings),
+        *_token_routes(server, settings),
+        *_operation_routes(server, settings, info, metrics),
+    ]
+    app.router.routes[:0] = routes  # before the documentation: they are asked for more often
+    return app
+
+
+class _Application(FastAPI):
+    def __init__(self, settings: ApiSettings, version: str) -> None:
+        super().__init__(
+            title=TITLE,
+            version=version,
+            redoc_url=None,
+            exception_handlers={
+                HTTPException: _on_http_exception,
+                RequestValidationError: _on_invalid,
+                Exception: _on_bug,
+            },
+        )
+        self._settings = settings
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Everything else is inside the edge: what an endpoint sends passes nothing on its way."""
+        return Edge(super().build_middleware_stack(), self._settings)
+
+    def openapi(self) -> dict[str, Any]:
+        return openapi_document(self.router.routes, self.title, self.version)
+
+
+def _tgi_routes(server: LLMServer, settings: ApiSettings) -> list[ApiRoute]:
+    events = {EVENTS: StreamEvent}
+    generate = Operation(
+        "Generate text: one answer, or events if `stream` is true",
+        {JSON: Answer, **events},
+        (GenerateBody,),
+        _GENERATE_ERRORS,
+    )
+    always = Operation(
+        "Generate text as server-sent events", events, (GenerateBody,), _GENERATE_ERRORS
+    )
+    array = Operation(
+        "Generate text: an array of one answer, or events if `stream` is true",
+        {JSON: list[Answer], **events},
+        (GenerateBody,),
+        _GENERATE_ERRORS,
+    )
+    answer = Generate(server, settings)
+    stream = Generate(server, settings, always_stream=True)
+    root = Generate(server, settings, as_array=True)
+    return [
+        # a name may hold slashes, as on the Hugging Face hub; so the longer paths come first
+        ApiRoute("/generate", answer, "POST", generate),
+        ApiRoute("/generate_stream", stream, "POST", always),
+        ApiRoute("/models/{model:path}/generate", answer, "POST", generate),
+        ApiRoute("/models/{model:path}/generate_stream", stream, "POST", always),
+        ApiRoute("/models/{model:path}", root, "POST", array),
+        ApiRoute("/", root, "POST", array),
+    ]
+
+
+def _token_routes(server: LLMServer, settings: ApiSettings) -> list[ApiRoute]:
+    tokenize = Operation(
+        "The tokens of a text",
+        {JSON: list[TextToken] | Tokenized},
+        (TokenizeInputsBody, TokenizePromptBody),
+        _BODY_ERRORS,
+    )
+    detokenize = Operation(
+        "The text of tokens",
+        {JSON: Detokenized},
+        (DetokenizeBody, DetokenizeIdsBody),
+        _BODY_ERRORS,
+    )
+    return [
+        ApiRoute("/tokenize", Tokenize(server, settings), "POST", tokenize),
+        ApiRoute("/detokenize", Detokenize(server, settings), "POST", detokenize),
+    ]
+
+
+def _operation_routes(
+    server: LLMServer,
+    settings: ApiSettings,
+    info: Callable[[], dict[str, object]],
+    metrics: Metrics,
+) -> list[ApiRoute]:
+    readyz, described = Readyz(server, settings), Info(info, settings)
+    ready = Operation(
+        "Whether a request sent now would be served", {JSON: Status}, errors=("404", "503")
+    )
+    about = Operation("What is served, and how", {JSON: dict[str, Any]})
+    alive = Operation("The front end answers", {JSON: Status}, errors=())
+    text = Operation("Metrics for Prometheus", {"text/plain": str}, errors=("500",))
+    return [
+        ApiRoute("/livez", Livez(), "GET", alive),
+        ApiRoute("/readyz", readyz, "GET", ready),
+        ApiRoute("/health", readyz, "GET", ready),
+        ApiRoute("/metrics", MetricsText(metrics), "GET", text),
+        ApiRoute("/info", described, "GET", about),
+        ApiRoute("/models/{model:path}/info", described, "GET", about),
+        ApiRoute("/models/{model:path}/health", readyz, "GET", ready),
+    ]
+
+
+async def _on_http_exception(request: Request, exc: Exception) -> JSONResponse:
+    """No such path or method, in our envelope."""
+    if not isinstance(exc, HTTPException):
+        return await _on_bug(request, exc)
+    sentence = f"{exc.detail}: {request.method} {request.url.path[:200]}"
+    answer = _json(problem_of_status(exc.status_code, sentence))
+    answer.headers.update(exc.headers or {})
+    return answer
+
+
+async def _on_invalid(request: Request, exc: Exception) -> JSONResponse:
+    return _json(problem_of_status(422, str(exc)))
+
+
+async def _on_bug(request: Request, exc: Exception) -> JSONResponse:
+    return _json(problem_of(exc, exchange_of(request.scope).request_id))
+
+
+def _json(problem: Problem) -> JSONResponse:
+    return JSONResponse(structs.asdict(problem.body), problem.status)

@@ -1,0 +1,19 @@
+"""Which names the served model answers to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llm_serving.api.errors import UnknownModel
+from llm_serving.api.fields import came
+
+__all__ = ["check_name"]
+
+MAX_NAMED = 20
+
+
+def check_name(name: str | None, served_names: Sequence[str]) -> None:
+    """Raise UnknownModel, naming the known ones; None is a path or a body that names no model."""
+    if name is not None and name not in served_names:
+        known = ", ".join(repr(served) for served in served_names[:MAX_NAMED])
+        raise UnknownModel(f"no model is served as {came(name)}; known: {known}")

@@ -1,0 +1,68 @@
+"""From the configured model to its card, without loading what converts it.
+
+The card is found in the cache in a few system calls.  If there is none, `llm-serving prepare` makes
+it in a process of its own, so that neither gguf nor torch is ever in the front end.
+"""
+
+from __future__ import annotations
+
+import subprocess
+
+import msgspec
+
+from llm_serving.commands.program import program
+from llm_serving.commands.start_report import StartReport
+from llm_serving.config import ModelSection
+from llm_serving.errors import ConfigError
+from llm_serving.model_card import ModelCard, ModelConfig
+from llm_serving.prepare.cache import find_prepared
+
+__all__ = ["context_length", "prepared_card"]
+
+
+def prepared_card(model: ModelSection, report: StartReport) -> ModelCard:
+    """Raises ConfigError with the reason of the preparation, which it prints as it goes on."""
+    with report.phase("find the prepared model"):
+        card = find_prepared(model.path, model.dtype)
+    if card is None:
+        with report.phase("prepare the model"):
+            card = _prepare(model)
+    report.model(card)
+    return card
+
+
+def context_length(config: ModelConfig, asked: int | None) -> int:
+    """Tokens of prompt and output to serve.  Raises ConfigError if the model has not so many.
+
+    `linear` and `dynamic` rope scaling multiply the context that the model states, `yarn` and
+    `llama3` state the scaled one; a sliding window changes nothing only up to its length.
+    """
+    scaling = config.rope_scaling
+    stretch = scaling.factor if scaling.rope_type in ("linear", "dynamic") else 1.0
+    most = int(config.max_position_embeddings * stretch)
+    window = config.sliding_window
+    if asked is None:
+        return min(config.max_position_embeddings, window or config.max_position_embeddings)
+    if asked > most:
+        raise ConfigError(
+            f"model.max_model_len: {asked} is more than the {most} tokens the model can take"
+        )
+    if window is not None and asked > window:
+        raise ConfigError(
+            f"model.max_model_len: {asked} is more than the model's sliding_window of {window}, "
+            f"beyond which its attention is not supported; up to {window} it is served exactly"
+        )
+    return asked
+
+
+def _prepare(model: ModelSection) -> ModelCard:
+    command = [*program(), "prepare", model.path]
+    done = subprocess.run(
+        [*command, "--dtype", model.dtype, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ConfigError(
+            f"no weights for model.path {model.path!r}: give a Hugging Face folder or a .gguf file "
+            "with --model, a hub id that can be reached, or smollm2-135m-instruct"
+        )
+    return msgspec.json.decode(done.stdout.splitlines()[-1], type=ModelCard)

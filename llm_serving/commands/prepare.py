@@ -1,0 +1,57 @@
+"""`llm-serving prepare MODEL`: convert a model into the cache, as at the first start of `serve`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+import typer
+
+from llm_serving.commands.console import ConsoleProgress
+from llm_serving.commands.options import run_command
+from llm_serving.commands.unwinding import unwind_on_sigterm
+from llm_serving.prepare.prepare import prepare as convert
+
+__all__ = ["main"]
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 when the model is ready; ConfigError says why it can not be served."""
+    with unwind_on_sigterm():
+        return run_command("prepare", prepare, argv)
+
+
+def prepare(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="a name `pull` knows or a hub id (organisation/name), which are downloaded if "
+            "they are not here; a Hugging Face folder; a .gguf file",
+            show_default=False,
+        ),
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="what to compute in: float32, bfloat16, float16, or auto: what the model was "
+            "saved in; if it is quantised, bfloat16 where the processor computes in it, else "
+            "float32",
+        ),
+    ] = "auto",
+    json: Annotated[
+        bool, typer.Option("--json", help="print the model's card as the last line, in JSON")
+    ] = False,
+) -> int:
+    """Make a model ready to be served: check it, build its tokenizer, convert its weights.
+
+    The result lies in ${XDG_CACHE_HOME:-~/.cache}/llm-serving/prepared/ until the source changes.
+
+    Phases and their seconds go to stderr, the result to stdout.
+    """
+    with ConsoleProgress() as progress:
+        card = convert(model, dtype, progress)
+    if json:
+        print(msgspec.json.encode(card).decode())
+    else:
+        print(f"{card.name}: {card.architecture}, {card.weights_kind} served as {card.dtype}")
+    return 0
