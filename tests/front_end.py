@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import json
 import pathlib
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import Message
 
 from llm_serving.api.app import ApiSettings, create_app
 from llm_serving.master.async_master import AsyncMaster
@@ -21,10 +23,20 @@ from llm_serving.master.scheduler import Limits, Scheduler
 from llm_serving.metrics import Metrics
 from llm_serving.server.llm_server import LLMServer, ServerLimits
 from llm_serving.server.tokenizer import Tokenizer
+from llm_serving.step_arrays import StepInputs, StepResult
 from llm_serving.testing import FakeWorker
 from tests.tiny_tokenizer import tiny_tokenizer_path
 
-__all__ = ["FrontEnd", "PausedWorker", "events_of", "front_end", "socket_of"]
+__all__ = [
+    "AlternativesWorker",
+    "FrontEnd",
+    "PausedWorker",
+    "RawCall",
+    "events_of",
+    "front_end",
+    "socket_of",
+    "until",
+]
 
 BLOCK_SIZE = 4
 SETTINGS = ApiSettings(served_names=("llama2", "org/tiny"))
@@ -51,10 +63,62 @@ class PausedWorker(FakeWorker):
         self._arrived.set()
 
 
+class AlternativesWorker(FakeWorker):
+    """Beside each sampled id, the two likeliest: itself, and the next."""
+
+    def _outcome(self, inputs: StepInputs, fault: Exception | str | None) -> StepResult | Exception:
+        outcome = super()._outcome(inputs, fault)
+        if isinstance(outcome, Exception):
+            return outcome
+        ids = np.stack([outcome.token_ids, (outcome.token_ids + 1) % 50], axis=1)
+        logprobs = np.broadcast_to(np.array([-0.5, -1.5], np.float32), ids.shape)
+        return replace(outcome, top_ids=ids, top_logprobs=logprobs)
+
+
+class RawCall:
+    """One call of an ASGI application, to see every message and to disturb it."""
+
+    def __init__(self, app: FastAPI, path: str, body: Any) -> None:
+        self.sent: list[Message] = []
+        self.may_send = asyncio.Event()
+        self.may_send.set()
+        self.is_gone = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "scheme": "http",
+            "query_string": b"",
+            "headers": [],
+        }
+        self.task = asyncio.ensure_future(app(scope, self._receive, self._send))
+
+    @property
+    def pieces(self) -> list[bytes]:
+        return [m["body"] for m in self.sent if m["type"] == "http.response.body"]
+
+    async def _receive(self) -> Message:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.is_gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        await self.may_send.wait()
+        self.sent.append(message)
+
+
 @dataclass
 class FrontEnd:
     app: FastAPI
     server: LLMServer
+    scheduler: Scheduler
     master: AsyncMaster
     worker: FakeWorker
     client: httpx.AsyncClient
@@ -70,6 +134,13 @@ class FrontEnd:
         assert answer.status_code == 200, answer.text
         made: dict[str, Any] = answer.json()
         return made
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Let everything else run until `condition` holds."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - no one event stands for them all
+            await asyncio.sleep(0)
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
@@ -112,7 +183,7 @@ async def front_end(
     running = asyncio.create_task(master.run())
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         await asyncio.sleep(0)  # the master finds its agent
-        yield FrontEnd(app, server, master, worker, client)
+        yield FrontEnd(app, server, scheduler, master, worker, client)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -118,6 +119,8 @@ def main() -> int:
     script = Script(**json.loads(given.script))
     if script.epochs and given.epoch not in script.epochs:
         script = Script()
+    if script.ignore_term:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def load(phase: Callable[[str], None]) -> ScriptedRunner:
         phase("read weights")

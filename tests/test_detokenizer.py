@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import random
+from typing import SupportsIndex, overload
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
+from llm_serving.server.decoding import byte_alphabet
 from llm_serving.server.detokenizer import Detokenizer, decoding_of
 from llm_serving.server.tokenizer import Tokenizer
 
@@ -37,9 +39,16 @@ def sentencepiece(decoder: decoders.Decoder | None) -> LibraryTokenizer:
 LLAMA = sentencepiece(decoders.Sequence([*LLAMA_STEPS, decoders.Strip(" ", 1, 0)]))
 GEMMA = sentencepiece(decoders.Sequence(LLAMA_STEPS))
 DEEP_STRIP = sentencepiece(decoders.Sequence([*LLAMA_STEPS, decoders.Strip(" ", 3, 0)]))
-REGEX = sentencepiece(
-    decoders.Sequence([decoders.Replace(Regex("[ab]"), "xx"), decoders.Sequence(LLAMA_STEPS)])
+EMPTYING = sentencepiece(  # "b" becomes an empty piece
+    decoders.Sequence(
+        [
+            decoders.Replace(Regex("a+"), "xx"),
+            decoders.Replace("b", ""),
+            decoders.Sequence(LLAMA_STEPS),
+        ]
+    )
 )
+STRIPPING_THE_END = sentencepiece(decoders.Sequence([*LLAMA_STEPS, decoders.Strip(" ", 0, 1)]))
 UNKNOWN = [
     sentencepiece(None),
     sentencepiece(decoders.Metaspace()),
@@ -60,7 +69,8 @@ def byte_level() -> LibraryTokenizer:
     return tokenizer
 
 
-KNOWN = [LLAMA, GEMMA, DEEP_STRIP, REGEX, byte_level()]
+BYTE_LEVEL = byte_level()
+KNOWN = [LLAMA, GEMMA, DEEP_STRIP, EMPTYING, BYTE_LEVEL]
 
 
 def piece_ids(*pieces: str) -> list[int]:
@@ -69,6 +79,13 @@ def piece_ids(*pieces: str) -> list[int]:
 
 def byte_ids(data: bytes) -> list[int]:
     return [PIECES.index(f"<0x{byte:02X}>") for byte in data]
+
+
+def alphabet_ids(tokenizer: LibraryTokenizer, data: bytes) -> list[int]:
+    """The ids of single bytes in a byte-level vocabulary."""
+    spelling = {byte: char for char, byte in byte_alphabet().items()}
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[spelling[byte]] for byte in data]
 
 
 def decoded_text(tokenizer: LibraryTokenizer, prompt: list[int], output: list[int]) -> str:
@@ -90,15 +107,15 @@ def check(tokenizer: LibraryTokenizer, prompt: list[int], output: list[int]) -> 
 
 
 @pytest.fixture(scope="module")
-def smollm2(smollm2_tokenizer_path: pathlib.Path) -> LibraryTokenizer:
+def byte_bpe(smollm2_tokenizer_path: pathlib.Path) -> LibraryTokenizer:
     return LibraryTokenizer.from_file(str(smollm2_tokenizer_path))
 
 
 @pytest.fixture(scope="module")
-def fragments(smollm2: LibraryTokenizer) -> list[int]:
+def fragments(byte_bpe: LibraryTokenizer) -> list[int]:
     """Ids that are no text on their own: bytes and unfinished characters."""
-    ids = range(smollm2.get_vocab_size())
-    return [i for i in ids if "\ufffd" in smollm2.decode([i])]
+    ids = range(byte_bpe.get_vocab_size())
+    return [i for i in ids if "\ufffd" in byte_bpe.decode([i])]
 
 
 special_or_byte = st.integers(0, 258)
@@ -119,24 +136,24 @@ def test_the_pieces_are_the_decoded_text_with_byte_fallback(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_pieces_are_the_decoded_text_of_the_default_model(
-    smollm2: LibraryTokenizer, fragments: list[int], seed: int
+    byte_bpe: LibraryTokenizer, fragments: list[int], seed: int
 ) -> None:
     rnd = random.Random(seed)
-    whole = list(range(smollm2.get_vocab_size() + 10))
+    whole = list(range(byte_bpe.get_vocab_size() + 10))
     special = list(range(17))
-    decoding = decoding_of(smollm2)
+    decoding = decoding_of(byte_bpe)
     for _ in range(300):
         pools = rnd.choice([[whole], [fragments], [fragments, special], [whole, fragments]])
         ids = [rnd.choice(rnd.choice(pools)) for _ in range(rnd.randrange(60))]
         cut = rnd.randint(0, min(len(ids), 20))
         detokenizer = Detokenizer(decoding, ids[:cut])
         text = "".join([*map(detokenizer.push, ids[cut:]), detokenizer.flush()])
-        assert text == decoded_text(smollm2, ids[:cut], ids[cut:])
+        assert text == decoded_text(byte_bpe, ids[:cut], ids[cut:])
 
 
 @pytest.mark.parametrize("cut", range(0, 40, 3))
-def test_characters_of_many_bytes_come_whole(smollm2: LibraryTokenizer, cut: int) -> None:
-    for tokenizer in (smollm2, LLAMA):
+def test_characters_of_many_bytes_come_whole(byte_bpe: LibraryTokenizer, cut: int) -> None:
+    for tokenizer in (byte_bpe, LLAMA):
         ids = tokenizer.encode(FAMILY, add_special_tokens=False).ids
         pieces = pieces_of(tokenizer, ids[:cut], ids[cut:])
         assert "".join(pieces) == decoded_text(tokenizer, ids[:cut], ids[cut:])
@@ -144,13 +161,13 @@ def test_characters_of_many_bytes_come_whole(smollm2: LibraryTokenizer, cut: int
 
 
 def test_text_of_byte_level_tokens_comes_as_soon_as_it_is_certain(
-    smollm2: LibraryTokenizer,
+    byte_bpe: LibraryTokenizer,
 ) -> None:
-    ids = smollm2.encode(FAMILY).ids
-    detokenizer, text = Detokenizer(decoding_of(smollm2), []), ""
+    ids = byte_bpe.encode(FAMILY).ids
+    detokenizer, text = Detokenizer(decoding_of(byte_bpe), []), ""
     for n, token_id in enumerate(ids, 1):
         text += detokenizer.push(token_id)
-        so_far = smollm2.decode(ids[:n])
+        so_far = byte_bpe.decode(ids[:n])
         assert text == so_far.rstrip("\ufffd")
         assert detokenizer.is_holding() == so_far.endswith("\ufffd")
 
@@ -180,26 +197,59 @@ def test_only_the_first_space_of_the_whole_text_is_stripped() -> None:
     assert "".join(pieces_of(GEMMA, piece_ids("<s>"), the + the)) == " the the"
 
 
-def test_special_tokens_part_neither_characters_nor_runs(smollm2: LibraryTokenizer) -> None:
+def test_spaces_that_are_bytes_are_stripped_as_any_other() -> None:
+    assert pieces_of(LLAMA, [], byte_ids(b"  ")) == ["", "", " "]
+    assert pieces_of(LLAMA, [], [*byte_ids(b" "), *piece_ids("a")]) == ["", "a", ""]
+
+
+def test_nothing_is_stripped_after_a_prompt_that_ends_with_spaces() -> None:
+    prompt, output = piece_ids("a", SPACE), piece_ids(SPACE * 3, "b")
+    assert "".join(pieces_of(DEEP_STRIP, prompt, output)) == "   b"
+
+
+def test_an_added_token_is_its_own_text_where_the_alphabet_cannot_spell_it() -> None:
+    ids = BYTE_LEVEL.encode("a\u5317 xb\u00e9").ids
+    assert len(ids) == 4
+    assert "".join(pieces_of(BYTE_LEVEL, [], ids)) == BYTE_LEVEL.decode(ids) == "a\u5317 xb\ufffd"
+
+
+def test_special_tokens_part_neither_characters_nor_runs(byte_bpe: LibraryTokenizer) -> None:
     first, second = byte_ids("é".encode())
     special = PIECES.index("</s>")
     assert pieces_of(LLAMA, [], [first, special, second]) == ["", "", "", "é"]
-    first, second = (smollm2.token_to_id(char) for char in "Ã©")
-    assert pieces_of(smollm2, [], [first, 2, second]) == ["", "", "é", ""]
+    first, second = alphabet_ids(byte_bpe, "é".encode())
+    assert pieces_of(byte_bpe, [], [first, 2, second]) == ["", "", "é", ""]
 
 
 def test_a_prompt_that_ends_inside_a_character_leaves_it_to_the_output(
-    smollm2: LibraryTokenizer,
+    byte_bpe: LibraryTokenizer,
 ) -> None:
-    ids = [smollm2.token_to_id(char) for char in "âĤ¬"]  # the bytes of a euro sign
-    assert smollm2.decode(ids) == "€"
-    exclamation = smollm2.encode("!").ids
-    assert pieces_of(smollm2, ids[:2], [ids[2], *exclamation]) == ["€", "!", ""]
-    assert pieces_of(smollm2, ids[:2], exclamation) == ["!", ""]  # its U+FFFD is the prompt's
+    ids = alphabet_ids(byte_bpe, "€".encode())
+    assert byte_bpe.decode(ids) == "€"
+    exclamation = byte_bpe.encode("!").ids
+    assert pieces_of(byte_bpe, ids[:2], [ids[2], *exclamation]) == ["€", "!", ""]
+    assert pieces_of(byte_bpe, ids[:2], exclamation) == ["!", ""]  # its U+FFFD is the prompt's
     euro = byte_ids("€".encode())
     assert pieces_of(LLAMA, euro[:2], [euro[2], *piece_ids("a")]) == ["", "€a", ""]
     assert pieces_of(LLAMA, euro[:2], piece_ids("a")) == ["a", ""]
     assert pieces_of(LLAMA, euro, byte_ids(b"\xff")) == ["\ufffd" * 4, ""]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_long_prompt_may_end_anywhere_inside_a_character(cut: int) -> None:
+    face = "\U0001f600".encode()
+    for tokenizer, before, ids in (
+        (BYTE_LEVEL, alphabet_ids(BYTE_LEVEL, b"hello "), alphabet_ids(BYTE_LEVEL, face)),
+        (LLAMA, piece_ids("a", "b", "a"), byte_ids(face)),
+    ):
+        pieces = pieces_of(tokenizer, [*before, *ids[:cut]], ids[cut:])
+        assert "".join(pieces) == "\U0001f600"
+
+
+def test_what_the_prompt_had_is_compared_to_its_end() -> None:
+    # EF BF BD is U+FFFD itself, and two of them are what the prompt's half of it looked like.
+    output = [*byte_ids(b"\xbd"), *piece_ids("b", "\ufffd", "a")]
+    assert "".join(pieces_of(EMPTYING, byte_ids(b"\xef\xbf"), output)) == "xx"
 
 
 @pytest.mark.parametrize("tokenizer", UNKNOWN)
@@ -211,21 +261,26 @@ def test_an_unknown_decoder_gives_all_its_text_at_the_end(tokenizer: LibraryToke
 
 
 def test_a_tokenizer_says_whether_its_text_can_stream(tmp_path: pathlib.Path) -> None:
-    for i, tokenizer in enumerate([LLAMA, *UNKNOWN]):
+    unknown = [*UNKNOWN, STRIPPING_THE_END]
+    for i, tokenizer in enumerate([*KNOWN, *unknown]):
         tokenizer.save(str(tmp_path / f"{i}.json"))
-        assert Tokenizer(tmp_path / f"{i}.json").decodes_at_end_only == (tokenizer in UNKNOWN)
+        assert Tokenizer(tmp_path / f"{i}.json").decodes_at_end_only == (tokenizer in unknown)
 
 
-def test_a_long_prompt_costs_no_more_than_its_end(smollm2: LibraryTokenizer) -> None:
+def test_a_long_prompt_costs_no_more_than_its_end(byte_bpe: LibraryTokenizer) -> None:
     class Counted(list[int]):
         num_read = 0
 
-        def __getitem__(self, at: object) -> object:  # type: ignore[override]
-            read = super().__getitem__(at)  # type: ignore[index]
+        @overload
+        def __getitem__(self, at: SupportsIndex) -> int: ...
+        @overload
+        def __getitem__(self, at: slice) -> list[int]: ...
+        def __getitem__(self, at: SupportsIndex | slice) -> int | list[int]:
+            read = super().__getitem__(at)
             Counted.num_read += len(read) if isinstance(read, list) else 1
             return read
 
-    for tokenizer in (smollm2, LLAMA):
+    for tokenizer in (byte_bpe, LLAMA):
         prompt = Counted(tokenizer.encode("b" * 1000 + "\u20ac", add_special_tokens=False).ids * 50)
         Counted.num_read = 0
         Detokenizer(decoding_of(tokenizer), prompt)

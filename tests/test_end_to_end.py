@@ -131,6 +131,9 @@ async def test_clients_that_go_away_leave_nothing_behind(server: RunningServer) 
     assert server.generate(STORY, max_new_tokens=3)["generated_tokens"] == 3
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pydantic.warnings.PydanticDeprecatedSince20"
+)  # the client's own
 def test_the_unchanged_clients_of_others_work(server: RunningServer, text_generation: Any) -> None:
     base = f"{server.url}/models/llama2"
     expected = server.generate(STORY, max_new_tokens=12)["generated_text"]
@@ -154,7 +157,6 @@ def test_an_agent_killed_in_mid_step_is_replaced_and_nothing_is_lost(
 ) -> None:
     expected = server.generate(STORY, max_new_tokens=60, ignore_eos=True)
     (victim,) = server.agents()
-    restarts = pathlib.Path(server.log).read_text().count("ready")
     url = f"{server.url}/models/llama2/generate_stream"
     body = {"inputs": STORY, "parameters": {"max_new_tokens": 60, "ignore_eos": True}}
     with httpx.stream("POST", url, json=body, timeout=120) as answer:
@@ -167,15 +169,8 @@ def test_an_agent_killed_in_mid_step_is_replaced_and_nothing_is_lost(
     assert "".join(e["token"]["text"] for e in events) == expected["generated_text"]
     wait_until(lambda: server.status("/readyz") == 200, "/readyz is 200 again", 60)
     assert server.agents() != [victim]
-    assert server.generate(STORY, max_new_tokens=60, ignore_eos=True) == {
-        **expected,
-        "details": server_details(expected, server),
-    }
-    del restarts
-
-
-def server_details(expected: dict[str, Any], server: RunningServer) -> Any:
-    return expected["details"]
+    again = server.generate(STORY, max_new_tokens=60, ignore_eos=True)
+    assert again["generated_text"] == expected["generated_text"]
 
 
 def test_ps_shows_the_agent_and_info_its_transport(server: RunningServer) -> None:
@@ -207,8 +202,9 @@ def test_a_killed_server_takes_its_agents_with_it_and_the_next_start_sweeps(
 
 
 def test_ctrl_c_ends_with_code_0_and_running_requests_may_finish(tmp_path: pathlib.Path) -> None:
-    server = RunningServer(tmp_path / "log").wait_ready()
-    url = f"{server.url}/generate_stream"
+    (tmp_path / "patient.yaml").write_text("server: {shutdown_grace_s: 120}")
+    server = RunningServer(tmp_path / "log", "--config", str(tmp_path / "patient.yaml"))
+    url = f"{server.wait_ready().url}/generate_stream"
     body = {"inputs": STORY, "parameters": {"max_new_tokens": 30, "ignore_eos": True}}
     with httpx.stream("POST", url, json=body, timeout=60) as answer:
         lines = answer.iter_lines()

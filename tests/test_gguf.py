@@ -95,7 +95,7 @@ def unstored(name: str, weight: Array, config: ModelConfig) -> Array:
 def test_a_model_of_the_reference_library_comes_back_exactly(
     tmp_path: pathlib.Path, arch: str
 ) -> None:
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -110,7 +110,8 @@ def test_a_model_of_the_reference_library_comes_back_exactly(
         hf = transformers.Qwen2Config(**sizes, tie_word_embeddings=True)
     else:
         hf = transformers.Qwen3Config(**sizes, head_dim=32)
-    model = transformers.AutoModelForCausalLM.from_config(hf)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(hf)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()  # biases, too
@@ -150,7 +151,7 @@ def test_a_value_beyond_float16_is_named_not_made_infinite(tmp_path: pathlib.Pat
     tensors["blk.1.ffn_up.weight"][0][3, 5] = 1e6
     path = write_gguf(tmp_path / "m.gguf", tensors)
     with pytest.raises(
-        ConfigError, match="layers.1.mlp.up_proj.weight holds values beyond float16"
+        ConfigError, match=r"layers.1.mlp.up_proj.weight holds values beyond float16"
     ):
         convert(path, "float16")
 
@@ -239,6 +240,7 @@ def write_with_divisors(folder: pathlib.Path, divisors: Array) -> pathlib.Path:
         ("llama.block_count", 1, r"tensor blk.1.attn_norm.weight has no place"),
         ("llama.feed_forward_length", 256, r"mlp.gate_proj.weight has shape \[512, 256\]"),
         ("split.count", 2, "split.count = 2 is not supported"),
+        ("general.alignment", 0, "general.alignment = 0 is not supported"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused_by_name(
@@ -273,13 +275,8 @@ def test_a_missing_tensor_is_named(tmp_path: pathlib.Path, missing: str) -> None
 def test_a_truncated_file_is_refused(tmp_path: pathlib.Path, kept: int) -> None:
     path = write_gguf(tmp_path / "m.gguf", from_hf(random_tensors()))
     size = path.stat().st_size
-    last = max(
-        (tensor for tensor in GgufFile(path).tensors.values()),
-        key=lambda tensor: tensor.data.__array_interface__["data"][0],
-    )
-    assert last.data.size > 0
     os.truncate(path, size - 100 if kept < 0 else kept)
-    with pytest.raises(ConfigError, match="truncated|cannot read|not a GGUF"):
+    with pytest.raises(ConfigError, match=r"truncated|cannot read|not a GGUF"):
         GgufFile(path)
 
 

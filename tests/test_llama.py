@@ -75,7 +75,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": False}),
-} | {f"rope {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
+}
+VARIANTS |= {f"rope {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -229,8 +230,8 @@ def test_the_layers_also_run_with_gradients(twins: Any) -> None:
     step = paged.metadata([Chunk(ids, 0, paged.take_blocks(9))])
     wanted = paged.model.embed(torch.tensor(ids)).requires_grad_()
     hidden = paged.model.layers[2].mlp(wanted)
-    paged.model.logits(hidden).sum().backward()
-    assert wanted.grad is not None
+    (gradient,) = torch.autograd.grad(paged.model.logits(hidden).sum(), wanted)
+    assert gradient.any()
     assert step.slots.shape == (9,)
 
 

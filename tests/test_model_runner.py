@@ -87,7 +87,7 @@ def make_step(step_id: int, rows: Sequence[Row]) -> StepInputs:
         "bias_rows": [],
         "bias_ids": [],
     }
-    arrays = {name: np.array(array, np.int32) for name, array in numbers.items()}
+    arrays: dict[str, Any] = {name: np.array(numbers[name], np.int32) for name in numbers}
     arrays["bias_values"] = np.empty(0, np.float32)
     records = b"".join(row.sampling.record() for row in samplers)
     arrays["sampling"] = np.frombuffer(records, SAMPLING_DTYPE)
@@ -97,7 +97,7 @@ def make_step(step_id: int, rows: Sequence[Row]) -> StepInputs:
 
 
 def replaced(inputs: StepInputs, **values: Any) -> StepInputs:
-    arrays = {name: np.array(value, np.int32) for name, value in values.items()}
+    arrays: dict[str, Any] = {name: np.array(values[name], np.int32) for name in values}
     return dataclasses.replace(inputs, **arrays)
 
 
@@ -115,7 +115,7 @@ def test_generated_ids_are_the_reference_s_though_each_step_takes_them_from_the_
 ) -> None:
     """Two requests, one of which begins a step later; ids travel only by `sources`."""
     first, second = prompt(9), prompt(5, 1)
-    tables = list(range(0, 8)), list(range(20, 28))
+    tables = list(range(8)), list(range(20, 28))
     ids: tuple[list[int], list[int]] = ([], [])
     steps = [[Row(first, 0, tables[0])], [Row([0], 9, tables[0], 0), Row(second, 0, tables[1])]]
     steps += [
@@ -289,7 +289,7 @@ def test_loading_tells_its_phases_and_what_it_found(twin: Twin) -> None:
         {"block_size": 200},
     ],
 )
-def test_any_limit_of_at_least_one_starts_and_serves(twin: Twin, limits: dict[str, int]) -> None:
+def test_any_limit_of_at_least_one_starts_and_serves(twin: Twin, limits: dict[str, Any]) -> None:
     runner = load(twin.card, **limits)
     columns = runner.execute(make_step(0, [Row([5], 0, [0])]), no_tick)
     assert columns.token_ids.tolist() == twin.generate([5], 1)

@@ -49,6 +49,15 @@ def test_encodes_as_the_library_does(smollm2_tokenizer_path: pathlib.Path) -> No
         assert smollm2.encode(text) == library.encode(text).ids
 
 
+def test_spans_are_the_characters_of_each_id(smollm2_tokenizer_path: pathlib.Path) -> None:
+    smollm2 = Tokenizer(smollm2_tokenizer_path)
+    text = "<|im_start|>caf\u00e9 1 \u5317"
+    spans = smollm2.spans(text)
+    assert [token_id for token_id, _, _ in spans] == smollm2.encode(text)
+    assert text[spans[0][1] : spans[0][2]] == "<|im_start|>"
+    assert {i for _, start, stop in spans for i in range(start, stop)} == set(range(len(text)))
+
+
 def test_special_tokens_are_skipped_or_shown(tiny: Tokenizer) -> None:
     assert tiny.decode([BOS, *ids("h", "i"), EOS]) == "hi"
     assert tiny.decode([BOS, *ids("h", "i"), EOS], skip_special=False) == "<s>hi<eos>"

@@ -202,4 +202,4 @@ class PagedRunner:
             metadata = self.metadata(chunks)
             hidden = self.model.run_layers(self.model.embed(ids), metadata, 0, self.num_layers)
             logits = self.model.logits(hidden)
-        return list(logits.split([len(chunk.ids) for chunk in chunks]))
+        return list(torch.split(logits, [len(chunk.ids) for chunk in chunks]))

@@ -17,13 +17,14 @@ from llm_serving.agent.filters import is_filtered, narrow, to_weights
 from llm_serving.agent.philox import uniforms
 from llm_serving.agent.scratch import Scratch
 
-__all__ = ["choose"]
+__all__ = ["choose", "draw"]
 
 _Way = Callable[[torch.Tensor, npt.NDArray[np.void], torch.Tensor, Scratch], torch.Tensor]
 
 _BLOCK = 256  # columns that are summed, or searched for their maximum, as one
 _SHORT_LIST = 128  # a top_k below this is worked on by itself
-_GROUP = 8  # rows that are drawn at once: what they need stays in the processor's caches
+_LARGE_GROUP = 32  # rows that are worked on at once, which bounds the memory
+_SMALL_GROUP = 8  # the same where much is needed, so that it stays in the processor's caches
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
@@ -39,14 +40,20 @@ def choose(
         return _likeliest(logits)
     uniform = uniforms(sampling["seed"], positions, sampling["sample_index"])
     draws = torch.from_numpy(uniform).to(logits.device)
-    is_short = (sampling["top_k"] > 0) & (sampling["top_k"] < min(_SHORT_LIST, logits.shape[1]))
-    ways: tuple[_Way, ...] = (_likeliest, _draw_short, _draw_filtered, _draw_plain)
+    is_short = (sampling["top_k"] > 0) & (sampling["top_k"] < _SHORT_LIST)
+    is_short &= logits.shape[1] > _SHORT_LIST
+    ways: tuple[tuple[_Way, int], ...] = (
+        (_likeliest, _LARGE_GROUP),
+        (_draw_short, _LARGE_GROUP),
+        (_draw_filtered, _SMALL_GROUP),
+        (_draw_plain, _SMALL_GROUP),
+    )
     way_of = np.select([is_greedy, is_short, is_filtered(sampling)], [0, 1, 2], 3)
     ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for number, way in enumerate(ways):
+    for number, (way, size) in enumerate(ways):
         group = np.flatnonzero(way_of == number)
-        for start in range(0, len(group), _GROUP):
-            rows = group[start : start + _GROUP]
+        for start in range(0, len(group), size):
+            rows = group[start : start + size]
             at = torch.from_numpy(rows).to(logits.device)
             room = scratch.like(logits[: len(rows)], "scores")
             scores = torch.index_select(logits, 0, at, out=room)
@@ -67,14 +74,14 @@ def _likeliest(scores: torch.Tensor, *_: object) -> torch.Tensor:
 def _draw_plain(
     scores: torch.Tensor, sampling: npt.NDArray[np.void], draws: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
-    return _draw(_heat(scores, sampling), draws, scratch)
+    return draw(_heat(scores, sampling), draws, scratch)
 
 
 def _draw_filtered(
     scores: torch.Tensor, sampling: npt.NDArray[np.void], draws: torch.Tensor, scratch: Scratch
 ) -> torch.Tensor:
     narrow(_heat(scores, sampling), sampling, scratch)
-    return _draw(scores, draws, scratch)
+    return draw(scores, draws, scratch)
 
 
 def _draw_short(
@@ -87,13 +94,13 @@ def _draw_short(
     ids, order = top.indices.sort(-1)
     candidates = top.values.gather(1, order)
     narrow(candidates, sampling, scratch)
-    drawn = ids.gather(1, _draw(candidates, draws, scratch)[:, None])[:, 0]
+    drawn = ids.gather(1, draw(candidates, draws, scratch)[:, None])[:, 0]
     spilt = np.flatnonzero((top.values[:, -1] >= edge).cpu().numpy())  # its equals may be outside
     if len(spilt):
         at = torch.from_numpy(spilt).to(scores.device)
         rest = scores[at]
         narrow(rest, sampling[spilt], scratch)
-        drawn[at] = _draw(rest, draws[at], scratch)
+        drawn[at] = draw(rest, draws[at], scratch)
     return drawn
 
 
@@ -104,7 +111,7 @@ def _heat(scores: torch.Tensor, sampling: npt.NDArray[np.void]) -> torch.Tensor:
     return scores.div_(torch.maximum(temperature, lowest)[:, None])
 
 
-def _draw(scores: torch.Tensor, draws: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+def draw(scores: torch.Tensor, draws: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """The first column at which the cumulative distribution exceeds the row's uniform."""
     weights = to_weights(scores, scratch)
     if weights.shape[1] % _BLOCK:

@@ -41,6 +41,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, max_num_seqs: int) -> None:
         self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
         self._scratch = Scratch()
 
     def sample(
@@ -54,12 +55,9 @@ class Sampler:
         `last_ids` are those that the previous step drew, or None if there was none.  A row with
         a nan or an infinity among its logits, or none left to draw from after its biases and
         penalties, is not finite: it gets some valid id, and no other row notices.
+        Raises ChannelError if the arrays do not fit each other.
         """
-        expected = (len(inputs.sampling), self._vocab_size)
-        if logits.shape != expected or logits.dtype != torch.float32:
-            raise ChannelError(
-                f"logits are {logits.dtype} {tuple(logits.shape)}, expected float32 {expected}"
-            )
+        self._check(logits, len(inputs.sampling))
         with torch.inference_mode():
             return self._sample(logits.contiguous(), inputs, last_ids)
 
@@ -85,6 +83,15 @@ class Sampler:
             top_logprobs=top_logprobs,
             finite=finite,
         )
+
+    def _check(self, logits: torch.Tensor, num_samples: int) -> None:
+        expected = (num_samples, self._vocab_size)
+        if logits.shape != expected or logits.dtype != torch.float32:
+            raise ChannelError(
+                f"logits are {logits.dtype} {tuple(logits.shape)}, expected float32 {expected}"
+            )
+        if num_samples > self._max_num_seqs:
+            raise ChannelError(f"{num_samples} rows to sample, at most {self._max_num_seqs}")
 
     def _adjust(
         self, logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None

@@ -73,6 +73,7 @@ class _Application(FastAPI):
             title=TITLE,
             version=version,
             redoc_url=None,
+            redirect_slashes=False,  # a client that posts does not follow
             exception_handlers={
                 HTTPException: _on_http_exception,
                 RequestValidationError: _on_invalid,

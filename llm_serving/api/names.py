@@ -13,7 +13,10 @@ MAX_NAMED = 20
 
 
 def check_name(name: str | None, served_names: Sequence[str]) -> None:
-    """Raise UnknownModel, naming the known ones; None is a path or a body that names no model."""
-    if name is not None and name not in served_names:
+    """Raise UnknownModel, naming the known ones; None is a path or a body that names no model.
+
+    A slash behind a name, as a base address may have it, is not part of it.
+    """
+    if name is not None and name.removesuffix("/") not in served_names:
         known = ", ".join(repr(served) for served in served_names[:MAX_NAMED])
         raise UnknownModel(f"no model is served as {came(name)}; known: {known}")

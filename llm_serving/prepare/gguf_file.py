@@ -79,7 +79,9 @@ class GgufFile:
             key = self._string()
             self.metadata[key] = self._value(self._scalar("I"))
         headers = [self._tensor_header() for _ in range(num_tensors)]
-        alignment = int(self.metadata.get("general.alignment", 32))
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ConfigError(f"{self.path}: general.alignment = {alignment!r} is not supported")
         start = math.ceil(self._at / alignment) * alignment
         for name, shape, kind, offset in headers:
             self.tensors[name] = self._tensor(name, shape, kind, start + offset)

@@ -74,7 +74,8 @@ def read_model_config(config: Fields, architecture: str) -> ModelConfig:
     layer_types = config.values.get("layer_types") or []
     if not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}:
         raise config.unsupported("layer_types", "full_attention in every layer")
-    theta, scaling = read_rope(config)
+    longest = config.integer("max_position_embeddings", family.max_position_embeddings)
+    theta, scaling = read_rope(config, longest)
     hidden, heads, head_dim, kv_heads = _sizes(config, family)
     bias = family.model_type in ("llama", "qwen3") and config.flag("attention_bias", False)
     return ModelConfig(
@@ -85,9 +86,7 @@ def read_model_config(config: Fields, architecture: str) -> ModelConfig:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=config.integer(
-            "max_position_embeddings", family.max_position_embeddings
-        ),
+        max_position_embeddings=longest,
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,

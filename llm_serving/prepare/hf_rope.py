@@ -33,8 +33,11 @@ _KNOWN = {key for keys in _NUMBERS.values() for key in keys} | {
 }
 
 
-def read_rope(config: Fields) -> tuple[float, RopeScaling]:
-    """(rope_theta, scaling).  Raises ConfigError naming the key that can not be served."""
+def read_rope(config: Fields, longest: int) -> tuple[float, RopeScaling]:
+    """(rope_theta, scaling) of a model for `longest` positions.
+
+    Raises ConfigError naming the key that can not be served.
+    """
     given = config.values.get("rope_scaling") or config.values.get("rope_parameters") or {}
     if not isinstance(given, dict):
         raise config.unsupported("rope_scaling", "an object")
@@ -50,17 +53,17 @@ def read_rope(config: Fields) -> tuple[float, RopeScaling]:
     kind = given.get(name) or "default"
     if kind not in _NUMBERS:
         raise rope.unsupported(name, ", ".join(_NUMBERS))
-    return theta, _scaling(kind, rope, config)
+    return theta, _scaling(kind, rope, config, longest)
 
 
-def _scaling(kind: Any, rope: Fields, config: Fields) -> RopeScaling:
+def _scaling(kind: Any, rope: Fields, config: Fields, longest: int) -> RopeScaling:
     values: dict[str, Any] = {"rope_type": kind}
     if kind in ("llama3", "yarn"):
-        values["original_max_position_embeddings"] = _original_length(rope, config)
+        name = "original_max_position_embeddings"  # beside the scaling it wins, as in the reference
+        values[name] = config.integer(name, rope.integer(name, longest))
     if kind == "yarn":
         values["truncate"] = rope.flag("truncate", True)
         if rope.values.get("factor") is None:
-            longest = config.integer("max_position_embeddings")
             values["factor"] = longest / values["original_max_position_embeddings"]
     for key in _NUMBERS[kind]:
         if key not in values and not (key in _OPTIONAL and rope.values.get(key) is None):
@@ -70,10 +73,3 @@ def _scaling(kind: Any, rope: Fields, config: Fields) -> RopeScaling:
     if kind == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
         raise rope.unsupported("high_freq_factor", "a number above low_freq_factor")
     return RopeScaling(**values)
-
-
-def _original_length(rope: Fields, config: Fields) -> int:
-    """A length beside `rope_scaling` wins over one inside it, as in the reference."""
-    name = "original_max_position_embeddings"
-    inside = rope.optional_integer(name, config.optional_integer("max_position_embeddings"))
-    return config.integer(name, inside)

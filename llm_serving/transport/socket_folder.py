@@ -1,6 +1,6 @@
 """Where do the Unix sockets of this server lie, and who may enter?
 
-    ${XDG_RUNTIME_DIR, or the folder for temporary files}/llm-serving-<uid>/<pid>-<n>/agents
+    ${XDG_RUNTIME_DIR, or the folder for temporary files}/llm-serving-<uid>/agents-<pid>-<n>/socket
 
 The outer folder is this user's alone.  The inner one belongs to one server, which holds a lock on
 it while it lives (see `ownership`); what a killed server left is swept by the next.
@@ -32,7 +32,7 @@ class SocketFolder:
     def create(cls, root: pathlib.Path) -> SocketFolder:
         """A new folder in `root`, ours until `close`."""
         for n in itertools.count():
-            path = root / f"{os.getpid()}-{n}"
+            path = root / f"agents-{os.getpid()}-{n}"
             try:
                 path.mkdir(mode=0o700)
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -46,7 +46,7 @@ class SocketFolder:
     @property
     def socket_path(self) -> str:
         """Raises ConfigError if the system cannot bind a socket to so long a path."""
-        path = str(self._path / "agents")
+        path = str(self._path / "socket")
         if len(os.fsencode(path)) > _MAX_PATH_BYTES:
             raise ConfigError(
                 f"the path of the socket, {path}, is longer than {_MAX_PATH_BYTES} bytes: set "
@@ -76,4 +76,4 @@ def runtime_folder() -> pathlib.Path:
 
 def sweep_sockets(root: pathlib.Path) -> list[str]:
     """Remove the folders in `root` whose servers are gone; their names."""
-    return [path.name for path in root.glob("*-*") if remove_orphan(path, shutil.rmtree)]
+    return [path.name for path in root.glob("agents-*") if remove_orphan(path, shutil.rmtree)]

@@ -28,7 +28,6 @@ __all__ = ["Launcher"]
 
 _KEY_BYTES = 32
 _REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
-_STOP_GRACE_S = 2.0  # the step that runs may end
 _WINDOW_S = 600.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
 
@@ -41,16 +40,21 @@ class Launcher:
         *,
         num_ranks: int = 1,
         on_event: Callable[[str], None],
+        stop_grace_s: float = 2.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`command` is the argv of an agent; what only one agent is told goes ahead of its options.
 
         `on_event` is given sentences for people: what agents print, losses, restarts.
+        `stop_grace_s` is how long an agent may take to stop, and again to obey SIGTERM.
         """
         self.config = config
         self.num_ranks = num_ranks
         self.num_restarts = 0
         self._command = command
         self.on_event = on_event
+        self._stop_grace_s = stop_grace_s
+        self._clock = clock
         self._key = secrets.token_bytes(_KEY_BYTES)
         self._agent_epoch = 0
         self._restarts: deque[float] = deque()  # when, within the window
@@ -93,7 +97,7 @@ class Launcher:
     async def close(self) -> None:
         """Stop all agents, gently first; again and again has no effect."""
         if self._group is not None:
-            await self._group.end(_STOP_GRACE_S)
+            await self._group.end(self._stop_grace_s)
             self._group = None
         if self._listener is not None:
             await self._listener.close()
@@ -126,7 +130,7 @@ class Launcher:
 
     def _pause_s(self, why: Exception) -> float:
         """How long to wait before the next start, longer each time; or Unavailable."""
-        now = time.monotonic()
+        now = self._clock()
         while self._restarts and now - self._restarts[0] > _WINDOW_S:
             self._restarts.popleft()
         num = len(self._restarts)

@@ -1,0 +1,137 @@
+"""What serving adds to the model: time per token at the client against the bare model loop.
+
+    python benchmarks/serving_overhead.py [--dtype bfloat16] [--rounds 7] [--streams 1]
+
+Both run the same model with the same threads on this machine, in turn, round after round: the bare
+loop calls the agent's ModelRunner with steps that are already built; the client reads a stream of
+`POST /models/llama2/generate`.  The tuning notes that this server grew from had 40 ms against 25,
+and reached 27.  Prints each round and the median ratio; the aim is 1.08 for one stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from llm_serving.agent.model_runner import ModelRunner
+from llm_serving.generation import SamplingParams
+from llm_serving.master.request import Request
+from llm_serving.master.step import Row, Step
+from llm_serving.master.step_inputs import StepInputBuilder
+from llm_serving.prepare.cache import find_prepared
+
+MODEL, BLOCK_SIZE, PROMPT, OUTPUT = "smollm2-135m-instruct", 16, 128, 128
+
+
+class BareLoop:
+    """Decode steps of `num_rows` rows with nothing around them."""
+
+    def __init__(self, dtype: str, num_rows: int, num_threads: int) -> None:
+        card = find_prepared(MODEL, dtype)
+        if card is None:
+            sys.exit(f"prepare it first: llm-serving prepare {MODEL} --dtype {dtype}")
+        blocks = -(-(PROMPT + OUTPUT) // BLOCK_SIZE)
+        self._runner = ModelRunner.load(
+            card,
+            device="cpu",
+            max_model_len=PROMPT + OUTPUT,
+            block_size=BLOCK_SIZE,
+            num_blocks=num_rows * blocks,
+            max_num_seqs=num_rows,
+            max_num_batched_tokens=num_rows * PROMPT,
+            num_threads=num_threads,
+            phase=lambda _: None,
+        )
+        self._requests = []
+        for i in range(num_rows):
+            request = Request(f"{i}", [1000 + i] * (PROMPT + OUTPUT), SamplingParams())
+            request.block_table.extend(range(i * blocks, (i + 1) * blocks))
+            self._requests.append(request)
+        self._step_id = 0
+        self._run(0, PROMPT)
+
+    def ms_per_token(self) -> float:
+        """Mean over the steps of one answer."""
+        start = time.perf_counter()
+        for position in range(PROMPT, PROMPT + OUTPUT - 1):
+            self._run(position, 1)
+        return (time.perf_counter() - start) / (OUTPUT - 1) * 1000
+
+    def _run(self, start: int, num_tokens: int) -> None:
+        self._step_id += 1
+        rows = [Row(r, start, num_tokens, 0, True) for r in self._requests]
+        inputs = StepInputBuilder(BLOCK_SIZE).build(Step(self._step_id, rows, rows))
+        self._runner.execute(inputs, lambda: None)
+
+
+class Server:
+    def __init__(self, dtype: str, num_threads: int) -> None:
+        flags = ["--dtype", dtype, "--port", "0", "--num-threads", str(num_threads)]
+        command = [sys.executable, "-m", "llm_serving", "serve", *flags, "--no-prefix-caching"]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        self.address = ""
+        for line in self._process.stdout or ():
+            if found := re.match(r"ready at http://(\S+)", line):
+                self.address = found.group(1)
+                return
+        sys.exit("the server did not start")
+
+    def ms_per_token(self, num_streams: int) -> float:
+        """Mean gap between two events of one answer; of several streams side by side, the mean."""
+        with ThreadPoolExecutor(num_streams) as pool:
+            return statistics.mean(pool.map(self._stream, range(num_streams)))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def _stream(self, i: int) -> float:
+        connection = http.client.HTTPConnection(self.address)
+        parameters = {"max_new_tokens": OUTPUT, "ignore_eos": True, "truncate": PROMPT}
+        prompt = f"{i} " + "the quick brown fox jumps over the lazy dog and " * 20
+        body = json.dumps({"inputs": prompt, "parameters": parameters, "stream": True})
+        connection.request("POST", "/models/llama2/generate", body)
+        times = [
+            time.perf_counter() for line in connection.getresponse() if line.startswith(b"data:")
+        ]
+        connection.close()
+        return (times[-1] - times[0]) / (len(times) - 1) * 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--streams", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+    bare, server = (
+        BareLoop(args.dtype, args.streams, args.threads),
+        Server(args.dtype, args.threads),
+    )
+    ratios = []
+    try:
+        print(f"{args.streams} stream(s), {PROMPT} tokens in, {OUTPUT} out, {args.dtype}")
+        for _ in range(args.rounds):
+            model_ms, client_ms = bare.ms_per_token(), server.ms_per_token(args.streams)
+            ratios.append(client_ms / model_ms)
+            print(f"  model {model_ms:6.2f} ms  client {client_ms:6.2f} ms  {ratios[-1]:.3f}")
+    finally:
+        server.stop()
+    print(f"median ratio {np.median(ratios):.3f} ({min(ratios):.3f} .. {max(ratios):.3f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Our tokens are the reference library's: transformers, float32, the same dequantised weights."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import GgufConfig
+
+from llm_serving.agent.model_runner import ModelRunner
+from llm_serving.generation import SamplingParams
+from llm_serving.master.request import Request
+from llm_serving.master.step import Row, Step
+from llm_serving.master.step_inputs import StepInputBuilder
+from llm_serving.model_card import ModelCard
+from tests.serving import RunningServer
+
+NUM_NEW = 12
+NEAR_TIE = 2e-3  # two best logits so close may change places
+LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 150, 200, 256, 400, 700, 1000)
+HOUSE = pathlib.Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt: str
+    ids: list[int]
+    margins: list[float]  # between the two best logits of each step
+
+
+def texts(tokenize: Any) -> list[str]:
+    """Beginnings of a licence, of so many tokens that they are still so many when tokenized."""
+    words = (HOUSE / "LICENSE").read_text().split(" ")
+    found = []
+    for i, length in enumerate(LENGTHS):
+        start, text = 40 * i, ""
+        for end in range(start + 1, len(words)):
+            longer = " ".join(words[start:end])
+            if len(tokenize(longer)) > length:
+                break
+            text = longer
+        found.append(text or "The")
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: pathlib.Path) -> Any:
+    torch.set_num_threads(2)
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2.parent,
+        gguf_file=smollm2.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(reference: Any, smollm2_card: ModelCard) -> list[Answer]:
+    """What greedy generation of the reference says to 20 prompts of 1 to 1,000 tokens."""
+    tokenizer = Tokenizer.from_file(smollm2_card.tokenizer)
+
+    def tokenize(text: str) -> list[int]:
+        return list(tokenizer.encode(text).ids)
+
+    made = []
+    for text in texts(tokenize):
+        ids = torch.tensor([tokenize(text)])
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NUM_NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = [torch.topk(step[0], 2).values for step in out.logits]
+        new = out.sequences[0, ids.shape[1] :].tolist()
+        made.append(Answer(text, new, [float(b[0] - b[1]) for b in best]))
+    return made
+
+
+def assert_equal(expected: Answer, got: Sequence[int]) -> None:
+    """Equal up to the first near-tie of the reference, behind which anything may follow."""
+    for i, (theirs, margin) in enumerate(zip(expected.ids, expected.margins, strict=True)):
+        if i >= len(got) or got[i] != theirs:
+            assert margin < NEAR_TIE, f"token {i} of {expected.prompt[:40]!r}: {got} {expected.ids}"
+            return
+    assert len(got) == len(expected.ids)
+
+
+def ask(server: RunningServer, prompt: str) -> list[int]:
+    answer = server.generate(prompt, max_new_tokens=NUM_NEW)
+    return [token["id"] for token in answer["details"]["tokens"]]
+
+
+def ask_all(server: RunningServer, prompts: list[str]) -> list[list[int]]:
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda prompt: ask(server, prompt), prompts))
+
+
+def test_alone_all_at_once_and_from_the_prefix_cache(
+    tmp_path: pathlib.Path, answers: list[Answer]
+) -> None:
+    server = RunningServer(tmp_path / "log", "--dtype", "float32").wait_ready()
+    try:
+        for answer in answers:
+            assert_equal(answer, ask(server, answer.prompt))
+        hits = server.metric("vllm:prefix_cache_hits_total")
+        for answer, got in zip(answers, ask_all(server, [a.prompt for a in answers]), strict=True):
+            assert_equal(answer, got)
+        assert server.metric("vllm:prefix_cache_hits_total") > hits + 2000
+    finally:
+        assert server.stop() == 0
+
+
+def test_all_at_once_in_small_chunks_without_prefix_hits(
+    tmp_path: pathlib.Path, answers: list[Answer]
+) -> None:
+    flags = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--no-prefix-caching")
+    server = RunningServer(tmp_path / "log", *flags).wait_ready()
+    try:
+        for answer, got in zip(answers, ask_all(server, [a.prompt for a in answers]), strict=True):
+            assert_equal(answer, got)
+        assert server.metric("vllm:prefix_cache_hits_total") == 0
+    finally:
+        assert server.stop() == 0
+
+
+def test_in_a_pool_so_small_that_requests_are_preempted(
+    tmp_path: pathlib.Path, answers: list[Answer]
+) -> None:
+    flags = ("--dtype", "float32", "--num-kv-blocks", "24", "--block-size", "16")
+    server = RunningServer(tmp_path / "log", *flags, "--max-num-batched-tokens", "64").wait_ready()
+    try:
+        assert "warning: the KV cache holds 384 tokens" in server.output
+        fitting = [a for a, length in zip(answers, LENGTHS, strict=True) if length <= 256]
+        many = [a for a in fitting for _ in range(2)]
+        for answer, got in zip(many, ask_all(server, [a.prompt for a in many]), strict=True):
+            assert_equal(answer, got)
+        assert server.metric("vllm:num_preemptions_total") > 0
+    finally:
+        assert server.stop() == 0
+
+
+def test_logits_of_the_real_model_are_the_references(
+    reference: Any, smollm2_card: ModelCard
+) -> None:
+    ids = np.random.default_rng(0).integers(0, 49152, 300).tolist()
+    with torch.inference_mode():
+        theirs = reference(torch.tensor([ids])).logits[0]
+    runner = ModelRunner.load(
+        smollm2_card,
+        device="cpu",
+        max_model_len=512,
+        block_size=16,
+        num_blocks=40,
+        max_num_seqs=4,
+        max_num_batched_tokens=512,
+        num_threads=2,
+        phase=lambda _: None,
+    )
+    request = Request("r", ids, SamplingParams())
+    request.block_table.extend(list(range(39, 19, -1)))
+    builder, start = StepInputBuilder(16), 0
+    for step_id, num_tokens in enumerate((1, 64, 100, 134, 1)):
+        row = Row(request, start, num_tokens, 0, True)
+        inputs = builder.build(Step(step_id, [row], [row]))
+        with torch.inference_mode():
+            ours = runner._forward(inputs, runner._input_ids(inputs), lambda: None)
+        start += num_tokens
+        assert (ours[0] - theirs[start - 1]).abs().max() < 1e-3
