@@ -5,9 +5,11 @@
 #
 # TORCH_INDEX   where torch comes from if not from pip's own index, for example
 #               make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# EXTRAS        what is installed beside the server: EXTRAS= leaves the tests' packages out
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+EXTRAS ?= test
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -17,7 +19,7 @@ TORCH := torch==2.13.0
 .PHONY: help install serve test check fix clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -8
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
 install: $(VENV)/installed
 
@@ -26,8 +28,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c constraints.txt $(TORCH)
-	$(PIP) install --quiet -c constraints.txt -e '.[test]'
-	$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/clients -c constraints.txt text-generation==0.7.0
+	$(PIP) install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(if $(EXTRAS),$(PIP) install --quiet --no-deps --upgrade --target $(VENV)/clients -c constraints.txt text-generation==0.7.0)
 	@touch $@
 
 serve: install

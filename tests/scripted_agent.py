@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class Script:
     fail_at: list[int] = field(default_factory=list)
     break_at: list[int] = field(default_factory=list)
     exit_at: list[int] = field(default_factory=list)
+    exit_in_results_at: list[int] = field(default_factory=list)
+    odd_results_at: list[int] = field(default_factory=list)
     hang_at_start: bool = False
     exit_at_start: int = 0
     refuse_start: str = ""
@@ -53,6 +56,15 @@ class Columns:
     finite: np.ndarray
     forward_ns: int
     sample_ns: int
+
+
+class FatalColumns(Columns):
+    """Ends the process when the results are half written."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "finite":
+            os._exit(8)
+        return super().__getattribute__(name)
 
 
 class ScriptedRunner:
@@ -81,9 +93,11 @@ class ScriptedRunner:
         self._last = sampled
         width = int(inputs.sampling["num_logprobs"].max(initial=0))
         tops = np.tile(np.arange(width, dtype=np.int32), (len(sampled), 1))
-        return Columns(
+        is_odd = inputs.step_id in self._script.odd_results_at
+        is_fatal = inputs.step_id in self._script.exit_in_results_at
+        return (FatalColumns if is_fatal else Columns)(
             token_ids=sampled,
-            logprobs=-sampled.astype(np.float32),
+            logprobs=np.negative(sampled, dtype=np.float64 if is_odd else np.float32),
             top_ids=tops,
             top_logprobs=-tops.astype(np.float32),
             finite=np.ones(len(sampled), np.bool_),

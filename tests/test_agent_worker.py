@@ -21,6 +21,7 @@ from llm_serving.errors import (
     ConfigError,
     Unavailable,
 )
+from llm_serving.protocol import Executed, Failed, Pong, StepTimes
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
 from tests.deployment import SCRIPTED, Deployment, lives, segments, sources, step
@@ -193,6 +194,30 @@ async def test_an_agent_that_leaves_by_itself_says_what_it_printed_last(deploy: 
     assert (await deployed.worker.ready()).agent_epoch == 2
 
 
+async def test_results_half_written_by_the_dead_keep_no_slot_from_the_living(
+    deploy: Deploy,
+) -> None:
+    deployed = await deploy(exit_in_results_at=[1], epochs=[1, 2, 3])
+    for _ in range(3):  # as many as there are slots
+        with pytest.raises(AgentDied):
+            await deployed.run(1)
+        await deployed.worker.ready()
+    assert await deployed.run(1) == [2]
+
+
+async def test_an_answer_for_another_epoch_or_to_no_question_is_refused(deploy: Deploy) -> None:
+    deployed = await deploy(hang_at=[1])
+    deployed.worker.submit(step(1, 1)).cancel()
+    for reply, match in (
+        (Executed(2, 1, StepTimes(), {}), "step 2 out of turn"),
+        (Failed(2, "internal", ""), "step 2 out of turn"),
+        (Pong(1), "nobody had asked"),
+        (Executed(1, 9, StepTimes(), {}), "epoch 9"),
+    ):
+        with pytest.raises(ChannelError, match=match):
+            deployed.worker._on_reply(0, reply)
+
+
 async def test_futures_that_nobody_wants_any_more_do_not_disturb(deploy: Deploy) -> None:
     deployed = await deploy(fail_at=[1])
     for future in (deployed.worker.submit(step(1, 1)), deployed.worker.submit(step(2, 2))):
@@ -210,6 +235,15 @@ async def test_a_step_that_takes_too_long_costs_the_agent_its_life(deploy: Deplo
             await future
     assert (await deployed.worker.ready()).agent_epoch == 2
     assert not lives(old)
+
+
+async def test_a_step_has_its_whole_time_from_when_it_is_the_first(deploy: Deploy) -> None:
+    deployed = await deploy(hang_at=[2])
+    assert await deployed.run(1) == [2]  # its timer goes on
+    deployed.worker.submit(step(2, 2)).cancel()
+    deployed.worker._check_deadline()
+    assert deployed.worker.stalled() is None
+    assert deployed.worker._timer is not None
 
 
 async def test_work_that_does_not_move_is_called_a_stall(deploy: Deploy) -> None:

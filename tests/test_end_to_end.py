@@ -57,7 +57,7 @@ def is_idle(server: RunningServer) -> bool:
 
 
 def test_the_curl_of_the_readme_answers(server: RunningServer) -> None:
-    body = {
+    body: dict[str, Any] = {
         "inputs": " I love Beijing, because",
         "parameters": {"max_new_tokens": 10, "do_sample": "True", "return_full_text": "True"},
         "stream": "True",
@@ -141,6 +141,7 @@ def test_the_unchanged_clients_of_others_work(server: RunningServer, text_genera
     assert hub.text_generation(STORY, max_new_tokens=12) == expected
     details = hub.text_generation(STORY, max_new_tokens=12, details=True)
     assert details.generated_text == expected
+    assert details.details is not None
     assert details.details.generated_tokens == 12
     pieces = hub.text_generation(STORY, max_new_tokens=12, stream=True, details=True)
     assert "".join(p.token.text for p in pieces) == expected

@@ -14,7 +14,6 @@ import transformers
 from gguf import GGML_QUANT_SIZES, dequantize, quantize
 from gguf import GGMLQuantizationType as Quant
 from safetensors.torch import load_file
-from tiny_gguf import CONFIG, Array, from_hf, metadata, random_tensors, stored, write_gguf
 
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import Dtype, ModelConfig, RopeScaling
@@ -24,6 +23,7 @@ from llm_serving.prepare.gguf_model import main_type, read_gguf_model
 from llm_serving.prepare.gguf_rope import llama3_divisors
 from llm_serving.prepare.gguf_weights import convert_weights, gguf_name
 from llm_serving.prepare.progress import Quiet
+from tests.tiny_gguf import CONFIG, Array, from_hf, metadata, random_tensors, stored, write_gguf
 
 torch.set_num_threads(1)
 TORCH: dict[Dtype, torch.dtype] = {

@@ -9,16 +9,16 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_gguf import END, THINK, TOKENS, TYPES, from_hf, metadata, random_tensors, write_gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel, Digits
-from trained_sentencepiece import TEXTS, train
 from transformers import AutoTokenizer
 
 from llm_serving.errors import ConfigError
 from llm_serving.prepare.gguf_file import GgufFile
 from llm_serving.prepare.gguf_tokenizer import bos_and_eos_ids, build_gguf_tokenizer
 from llm_serving.prepare.pre_tokenizers import find_pre_tokenizer
+from tests.tiny_gguf import END, THINK, TOKENS, TYPES, from_hf, metadata, random_tensors, write_gguf
+from tests.trained_sentencepiece import TEXTS, train
 
 # ---- the default model ----
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny_tokenizer import tiny_tokenizer_path
 from tokenizers import Tokenizer
-from trained_sentencepiece import TEXTS, train
 from transformers import AutoTokenizer
 
 from llm_serving.errors import ConfigError
 from llm_serving.prepare.hf_folder import read_hf_folder
 from llm_serving.prepare.hf_tokenizer import build_hf_tokenizer, read_chat_template
+from tests.tiny_tokenizer import tiny_tokenizer_path
+from tests.trained_sentencepiece import TEXTS, train
 
 torch.set_num_threads(1)
 

@@ -123,6 +123,15 @@ async def test_an_agent_that_never_gets_ready_is_not_waited_for_for_ever() -> No
     assert "not ready within 0.5 s (agent.start_timeout_s)" in reason
 
 
+async def test_a_start_that_fails_ends_its_processes_at_once(events: Events) -> None:
+    silent = [sys.executable, "-c", "import time; time.sleep(3600)", "scripted_agent"]
+    launcher = Launcher(silent, AgentConfig(start_timeout_s=0.2), num_ranks=2, on_event=events)
+    with pytest.raises(AgentTimeout):
+        await launcher.start()
+    assert children() == []
+    await launcher.close()
+
+
 @pytest.mark.parametrize("transport", ["tcp", "unix"])
 async def test_a_start_and_a_stop_leave_nothing(
     transport: str, folder: pathlib.Path, events: Events

@@ -7,8 +7,6 @@ import threading
 from collections.abc import Sequence
 
 import pytest
-from tiny_server import TinyServer, read_all, serving
-from tiny_tokenizer import BOS, EOS, PIECES, SPACE, tiny_tokenizer_path
 
 from llm_serving.errors import (
     AgentDied,
@@ -28,6 +26,8 @@ from llm_serving.server.llm_server import GenerationRequest, LLMServer, ServerLi
 from llm_serving.server.output_stream import NO_ID, OutputStream, TokenEvent
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.testing import expected_tokens
+from tests.tiny_server import TinyServer, read_all, serving
+from tests.tiny_tokenizer import BOS, EOS, PIECES, SPACE, tiny_tokenizer_path
 
 EURO = ["<0xE2>", "<0x82>", "<0xAC>"]
 

@@ -316,7 +316,7 @@ def test_what_cannot_be_served_is_refused_by_the_name_of_its_field(
 
 
 def test_a_card_of_another_release_is_refused(twin: Twin) -> None:
-    with pytest.raises(ConfigError, match="version: this model was prepared by another release"):
+    with pytest.raises(ConfigError, match="version: the card is of version 0, this release reads"):
         load(msgspec.structs.replace(twin.card, version=0))
 
 

@@ -16,8 +16,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny_gguf import CONFIG, END, from_hf, metadata, random_tensors, write_gguf
-from tiny_tokenizer import tiny_tokenizer_path
 from tokenizers import Tokenizer
 
 from llm_serving.cli import main
@@ -30,6 +28,8 @@ from llm_serving.prepare.hub import download_snapshot
 from llm_serving.prepare.prepare import prepare
 from llm_serving.prepare.progress import Quiet
 from llm_serving.prepare.sources import Source, find_source
+from tests.tiny_gguf import CONFIG, END, from_hf, metadata, random_tensors, write_gguf
+from tests.tiny_tokenizer import tiny_tokenizer_path
 
 torch.set_num_threads(1)
 

@@ -54,12 +54,13 @@ def texts(tokenize: Any) -> list[str]:
 @pytest.fixture(scope="module")
 def reference(smollm2: pathlib.Path) -> Any:
     torch.set_num_threads(2)
-    return AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         smollm2.parent,
         gguf_file=smollm2.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
-    ).eval()
+    )
+    return model.eval()
 
 
 @pytest.fixture(scope="module")

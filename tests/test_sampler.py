@@ -361,7 +361,9 @@ def test_logits_near_the_end_of_float32_are_finite() -> None:
     assert set(out.token_ids) <= {0, 2}
 
 
-@pytest.mark.parametrize("params", [GREEDY, WARM])
+@pytest.mark.parametrize(
+    "params", [GREEDY, WARM, SamplingParams(temperature=1.0, top_p=0.9, typical_p=0.9)]
+)
 def test_a_bias_forces_and_bans_and_a_row_that_is_all_banned_is_not_finite(
     params: SamplingParams,
 ) -> None:

@@ -3,12 +3,12 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-from tiny_tokenizer import BOS, EOS, PIECES, SPACE, make_tiny_tokenizer, tiny_tokenizer_path
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm_serving.errors import ConfigError
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.testing import VOCAB_SIZE
+from tests.tiny_tokenizer import BOS, EOS, PIECES, SPACE, make_tiny_tokenizer, tiny_tokenizer_path
 
 
 @pytest.fixture

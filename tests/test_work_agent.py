@@ -127,7 +127,7 @@ class Master:
 
 @pytest.fixture
 def master() -> Iterator[Master]:
-    made = Master(Script(fail_at=[13], break_at=[23]))
+    made = Master(Script(fail_at=[13], break_at=[23], odd_results_at=[33]))
     yield made
     made.close()
 
@@ -202,7 +202,9 @@ def test_any_arrays_arrive_as_they_left(values: dict[str, list[int]], records: l
         arena.close()
 
 
-@pytest.mark.parametrize(("step_id", "match"), [(13, "was to fail"), (23, "RuntimeError")])
+@pytest.mark.parametrize(
+    ("step_id", "match"), [(13, "was to fail"), (23, "RuntimeError"), (33, "float64 cannot travel")]
+)
 def test_a_failed_step_is_told_and_every_follower_refused_until_a_fresh_start(
     master: Master, step_id: int, match: str
 ) -> None:

@@ -11,8 +11,6 @@ import pathlib
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
-from tiny_tokenizer import EOS, tiny_tokenizer_path
-
 from llm_serving.generation import SamplingParams
 from llm_serving.master.async_master import AsyncMaster
 from llm_serving.master.block_pool import BlockPool, prefix_salt
@@ -22,6 +20,7 @@ from llm_serving.server.llm_server import GenerationRequest, LLMServer, ServerLi
 from llm_serving.server.output_stream import OutputStream, TokenEvent
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.testing import FakeWorker
+from tests.tiny_tokenizer import EOS, tiny_tokenizer_path
 
 __all__ = ["TinyServer", "read_all", "serving"]
 

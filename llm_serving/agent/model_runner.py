@@ -207,7 +207,10 @@ class ModelRunner:
 def _check_card(card: ModelCard, max_model_len: int) -> None:
     config = card.config
     if card.version != CARD_VERSION:
-        raise ConfigError(f"version: this model was prepared by another release; {CARD_VERSION=}")
+        raise ConfigError(
+            f"version: the card is of version {card.version}, this release reads {CARD_VERSION}; "
+            "prepare the model again"
+        )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ConfigError(
             f"num_key_value_heads: {config.num_key_value_heads} does not divide "

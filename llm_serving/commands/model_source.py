@@ -60,9 +60,12 @@ def _prepare(model: ModelSection) -> ModelCard:
     done = subprocess.run(
         [*command, "--dtype", model.dtype, "--json"], stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode != 0:
+    try:
+        answer = msgspec.json.decode(done.stdout)
+    except msgspec.DecodeError as exc:
         raise ConfigError(
-            f"no weights for model.path {model.path!r}: give a Hugging Face folder or a .gguf file "
-            "with --model, a hub id that can be reached, or smollm2-135m-instruct"
-        )
-    return msgspec.json.decode(done.stdout.splitlines()[-1], type=ModelCard)
+            f"model.path: preparing {model.path!r} ended with exit code {done.returncode}"
+        ) from exc
+    if "error" in answer:
+        raise ConfigError(f"model.path: {answer['error']}")
+    return msgspec.convert(answer, ModelCard)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 import socket
+from contextlib import suppress
 
 from llm_serving.errors import ConfigError
 
@@ -27,29 +29,30 @@ def listen_on(host: str, port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind(address)
-        if port and _inodes(port):  # SO_REUSEADDR lets two servers bind if neither listens yet
-            raise OSError("somebody listens there")
     except OSError as exc:
         bound.close()
-        holder = _holder(port)
-        by = f" by {holder}" if holder else ""
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: it is in use{by}; "
-            "choose another with --port, or end that one (llm-serving stop --port)"
-            if holder or _inodes(port)
-            else f"cannot listen on {host}:{port}: {exc}"
-        ) from exc
+        raise ConfigError(f"cannot listen on {host}:{port}: {_why(exc, port)}") from exc
     return bound
 
 
+def _why(exc: OSError, port: int) -> str:
+    if exc.errno != errno.EADDRINUSE:
+        return str(exc)
+    holder = _holder(port) or "a process that cannot be seen from here"
+    return (
+        f"it is in use by {holder}; choose another with --port, or end that one "
+        "(llm-serving stop --port)"
+    )
+
+
 def _holder(port: int) -> str | None:
-    """ "python3 (pid 4711)", or None if nobody listens or it cannot be seen."""
+    """`process 4711 (its command)`, or None if nobody listens or it cannot be seen."""
     inodes = _inodes(port)
     for process in _PROC.glob("[0-9]*"):
-        if inodes & _sockets(process):
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            command = b" ".join(words).decode(errors="replace").strip()
-            return f"process {process.name} ({command[:120]})"
+        with suppress(OSError):  # it has gone meanwhile
+            if inodes & _sockets(process):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                return f"process {process.name} ({command[:120]})"
     return None
 
 
@@ -68,8 +71,9 @@ def _inodes(port: int) -> set[str]:
 
 
 def _sockets(process: pathlib.Path) -> set[str]:
-    try:
-        links = [os.readlink(fd) for fd in (process / "fd").iterdir()]
-    except OSError:  # it has gone, or it is not ours to look at
-        return set()
-    return {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = set()
+    with suppress(OSError):  # the process has gone, or it is not ours to look at
+        for fd in (process / "fd").iterdir():
+            with suppress(OSError):  # closed since
+                found.add(os.readlink(fd).removeprefix("socket:[").removesuffix("]"))
+    return found

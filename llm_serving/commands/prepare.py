@@ -10,6 +10,7 @@ import typer
 from llm_serving.commands.console import ConsoleProgress
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import unwind_on_sigterm
+from llm_serving.errors import ConfigError
 from llm_serving.prepare.prepare import prepare as convert
 
 __all__ = ["main"]
@@ -39,7 +40,7 @@ def prepare(
         ),
     ] = "auto",
     json: Annotated[
-        bool, typer.Option("--json", help="print the model's card as the last line, in JSON")
+        bool, typer.Option("--json", help="print the card, or what is wrong, as one line of JSON")
     ] = False,
 ) -> int:
     """Make a model ready to be served: check it, build its tokenizer, convert its weights.
@@ -48,8 +49,14 @@ def prepare(
 
     Phases and their seconds go to stderr, the result to stdout.
     """
-    with ConsoleProgress() as progress:
-        card = convert(model, dtype, progress)
+    try:
+        with ConsoleProgress() as progress:
+            card = convert(model, dtype, progress)
+    except ConfigError as exc:
+        if not json:
+            raise
+        print(msgspec.json.encode({"error": str(exc)}).decode())
+        return 1
     if json:
         print(msgspec.json.encode(card).decode())
     else:

@@ -1,0 +1,199 @@
+"""The scripts and commands around a server: start.py, stop, ports, the 7B configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from llm_serving.commands import stop
+from llm_serving.commands.ports import listen_on
+from llm_serving.commands.server_record import ServerRecord, find_server
+from llm_serving.errors import ConfigError
+from tests.serving import RunningServer, wait_until
+from tests.trained_sentencepiece import train
+
+HOUSE = pathlib.Path(__file__).parents[1]
+LLAMA = sorted((HOUSE / "configs/llama").glob("*.yaml"))
+SMALL: dict[str, Any] = {
+    "vocab_size": 420,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """LLaMA-2 in small: the same classes, a SentencePiece tokenizer, random weights."""
+    folder = tmp_path_factory.mktemp("llama-2-tiny")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).save_pretrained(folder)
+    train(folder)
+    (folder / "tokenizer_config.json").write_text('{"add_bos_token": true}')
+    return folder
+
+
+def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **environment},
+        cwd=HOUSE,
+        check=False,
+    )
+
+
+def serve(*flags: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, "-m", "llm_serving", "serve", *flags, **environment)
+
+
+@pytest.mark.parametrize("config", LLAMA, ids=lambda path: path.stem)
+def test_the_7b_configurations_serve_a_twin(
+    tmp_path: pathlib.Path, twin: pathlib.Path, config: pathlib.Path
+) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    flags = ("--config", str(config), "--model", str(twin))
+    server = RunningServer(tmp_path / "log", *flags, env=cache).wait_ready()
+    try:
+        info = json.loads(server.get("/info"))
+        assert info["max_model_len"] == (512 if "512" in config.name else 4096)
+        answer = server.generate("hello world", max_new_tokens=4, ignore_eos=True)
+        assert answer["prompt_tokens"] == 1 + len(answer["details"]["prefill"]) + 2
+    finally:
+        assert server.stop() == 0
+
+
+@pytest.mark.parametrize("config", LLAMA, ids=lambda path: path.stem)
+def test_without_weights_they_end_with_a_sentence_that_names_the_ways(
+    tmp_path: pathlib.Path, config: pathlib.Path
+) -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path)}
+    done = serve("--config", str(config), "--port", "0", **offline)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"hub can not be reached.* folder or \.gguf file", done.stderr)
+
+
+def test_start_returns_when_the_server_is_ready_and_stop_ends_it(
+    tmp_path: pathlib.Path, twin: pathlib.Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    flags = ("--config", str(LLAMA[0]), "--model", str(twin), "--port", port)
+    started = run("python3", "examples/start.py", "--task", "1", *flags, **cache)
+    assert started.returncode == 0, started.stderr + started.stdout
+    log = pathlib.Path(re.findall(r"^log: (.+)$", started.stdout, re.M)[0])
+    assert "ready at" in log.read_text()
+    try:
+        again = serve("--port", port, "--model", str(twin), **cache)
+        assert again.returncode == 1
+        assert re.search(rf"port {port}|:{port}: it is in use", again.stderr)
+        assert re.search(r"pid \d+|process \d+", again.stderr)
+        record = find_server(int(port))
+        assert record is not None
+    finally:
+        stopped = run(sys.executable, "-m", "llm_serving", "stop", "--port", port)
+        log.unlink()
+    assert stopped.returncode == 0, stopped.stderr
+    assert find_server(int(port)) is None
+    assert stop.main(["--port", port]) == 1
+
+
+def test_start_says_why_the_server_did_not_start(tmp_path: pathlib.Path) -> None:
+    log = tmp_path / "log"
+    failed = run("python3", "examples/start.py", "--log", str(log), "--model", str(tmp_path / "no"))
+    assert failed.returncode == 1
+    assert "no model" in failed.stdout + failed.stderr
+
+
+def test_a_port_in_use_names_its_process() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} \(") as caught:
+            listen_on("127.0.0.1", port)
+        assert "--port" in str(caught.value)
+
+
+def test_a_host_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
+        listen_on("192.0.2.1", 0)
+    with pytest.raises(ConfigError, match=r"server.host: 'no.such.invalid'"):
+        listen_on("no.such.invalid", 0)
+
+
+def test_two_servers_cannot_start_on_one_port_side_by_side() -> None:
+    first = ServerRecord.claim("127.0.0.1", 1)
+    try:
+        found = find_server(1)
+        assert found is not None
+        assert found.pid == os.getpid()
+        with pytest.raises(ConfigError, match=rf"\(pid {os.getpid()}\) is starting on port 1"):
+            ServerRecord.claim("127.0.0.1", 1)
+    finally:
+        first.release()
+    assert find_server(1) is None
+    ServerRecord.claim("127.0.0.1", 1).release()
+
+
+def test_what_a_killed_server_left_of_its_record_does_not_count(tmp_path: pathlib.Path) -> None:
+    code = (
+        "import os; from llm_serving.commands.server_record import ServerRecord;"
+        "r = ServerRecord.claim('127.0.0.1', 2); os._exit(9)"
+    )
+    assert run(sys.executable, "-c", code).returncode == 9
+    assert find_server(2) is None
+    ServerRecord.claim("127.0.0.1", 2).release()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--help"], 0, "llm-serving COMMAND --help"),
+        (["--version"], 0, "llm-serving 0."),
+        (["sevre"], 2, "no command 'sevre'"),
+        (["serve", "--help"], 0, "--max-num-batched"),
+        (["serve", "--nope"], 2, "No such option"),
+        (["serve", "--task", "2"], 1, "not supported yet"),
+        (["serve", "--task", "3"], 1, "expected 1 (speed) or 2 (precision), found 3"),
+        (["serve", "--dtype", "int3"], 1, "model.dtype: invalid enum value 'int3'"),
+        (["stop", "--port", "3"], 1, "no server of yours runs on port 3"),
+    ],
+)
+def test_every_command_explains_itself(words: list[str], code: int, says: str) -> None:
+    done = run(sys.executable, "-m", "llm_serving", *words)
+    assert done.returncode == code
+    assert says in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_front_end_loads_no_torch(tmp_path: pathlib.Path) -> None:
+    code = "import sys, llm_serving.commands.serve; print([m for m in sys.modules if m in "
+    done = run(sys.executable, "-c", code + "('torch', 'transformers', 'gguf')])")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_sigterm_during_the_start_ends_it_with_code_0(
+    tmp_path: pathlib.Path, twin: pathlib.Path
+) -> None:
+    server = RunningServer(tmp_path / "log", "--model", str(twin))
+    wait_until(lambda: server.agents() or server.process.poll() is not None, "the agent starts")
+    assert server.stop() == 0
+    assert server.agents() == []
