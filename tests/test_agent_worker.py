@@ -22,8 +22,11 @@ from llm_serving.errors import (
     Unavailable,
 )
 from llm_serving.protocol import Executed, Failed, Pong, StepTimes
+from llm_serving.transport.shared_memory import SharedMemory
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
+from llm_serving.worker.segments import Segments
+from llm_serving.worker.step_transfer import StepLimits
 from tests.deployment import SCRIPTED, Deployment, lives, segments, sources, step
 
 Deploy = Callable[..., Coroutine[Any, Any, Deployment]]
@@ -153,7 +156,7 @@ async def test_an_array_of_the_wrong_kind_fails_its_step_only(
     deploy: Deploy, fields: dict[str, Any]
 ) -> None:
     deployed = await deploy()
-    with pytest.raises(ChannelError, match="came as"):
+    with pytest.raises(ChannelError, match="came with"):
         await deployed.worker.submit(step(1, 1, **fields))
     assert await deployed.run(1, step_id=2) == [2]
 
@@ -319,6 +322,26 @@ async def test_a_closed_worker_loses_what_is_outstanding_and_serves_nobody(deplo
         await deployed.worker.ready()
     with pytest.raises(AgentDied, match="closed"):
         deployed.worker.submit(step(2, 2))
+
+
+@pytest.mark.parametrize("num_fitting", [0, 1, 2])
+async def test_segments_of_which_one_finds_no_room_are_all_given_back(
+    monkeypatch: pytest.MonkeyPatch, num_fitting: int
+) -> None:
+    before, create = segments(), SharedMemory.create
+    made: list[SharedMemory] = []
+
+    def create_some(num_bytes: int) -> SharedMemory:
+        if len(made) == num_fitting:
+            raise ConfigError("no room")
+        made.append(create(num_bytes))
+        return made[-1]
+
+    monkeypatch.setattr(SharedMemory, "create", create_some)
+    with pytest.raises(ConfigError, match="no room"):
+        Segments(StepLimits(1, 1, 1, 1), num_slots=2, num_ranks=1)
+    assert len(made) == num_fitting
+    assert segments() == before
 
 
 async def test_no_room_for_the_segments_is_an_error_at_the_start_that_leaves_nothing() -> None:

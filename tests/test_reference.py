@@ -24,8 +24,10 @@ from llm_serving.model_card import ModelCard
 from tests.serving import RunningServer
 
 NUM_NEW = 12
+NUM_NEW_LONG = 40  # of the prompts in the middle: they grow until the small pool is full
 NEAR_TIE = 2e-3  # two best logits so close may change places
 LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 31, 32, 33, 64, 65, 100, 150, 200, 256, 400, 700, 1000)
+MIDDLE = range(16, 66)
 HOUSE = pathlib.Path(__file__).parents[1]
 
 
@@ -36,19 +38,14 @@ class Answer:
     margins: list[float]  # between the two best logits of each step
 
 
-def texts(tokenize: Any) -> list[str]:
-    """Beginnings of a licence, of so many tokens that they are still so many when tokenized."""
-    words = (HOUSE / "LICENSE").read_text().split(" ")
-    found = []
-    for i, length in enumerate(LENGTHS):
-        start, text = 40 * i, ""
-        for end in range(start + 1, len(words)):
-            longer = " ".join(words[start:end])
-            if len(tokenize(longer)) > length:
-                break
-            text = longer
-        found.append(text or "The")
-    return found
+def texts(tokenizer: Tokenizer) -> list[str]:
+    """Pieces of a licence, of so many tokens, cut where the tokenizer ends one."""
+    licence = (HOUSE / "LICENSE").read_text()
+    offsets = tokenizer.encode(licence).offsets
+    return [
+        licence[offsets[40 * i][0] : offsets[40 * i + length - 1][1]]
+        for i, length in enumerate(LENGTHS)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +65,13 @@ def answers(reference: Any, smollm2_card: ModelCard) -> list[Answer]:
     """What greedy generation of the reference says to 20 prompts of 1 to 1,000 tokens."""
     tokenizer = Tokenizer.from_file(smollm2_card.tokenizer)
 
-    def tokenize(text: str) -> list[int]:
-        return list(tokenizer.encode(text).ids)
-
     made = []
-    for text in texts(tokenize):
-        ids = torch.tensor([tokenize(text)])
+    for text, length in zip(texts(tokenizer), LENGTHS, strict=True):
+        ids = torch.tensor([tokenizer.encode(text).ids])
         out = reference.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=NUM_NEW,
+            max_new_tokens=NUM_NEW_LONG if length in MIDDLE else NUM_NEW,
             do_sample=False,
             output_logits=True,
             return_dict_in_generate=True,
@@ -97,14 +91,14 @@ def assert_equal(expected: Answer, got: Sequence[int]) -> None:
     assert len(got) == len(expected.ids)
 
 
-def ask(server: RunningServer, prompt: str) -> list[int]:
-    answer = server.generate(prompt, max_new_tokens=NUM_NEW)
-    return [token["id"] for token in answer["details"]["tokens"]]
+def check(server: RunningServer, expected: Answer) -> None:
+    answer = server.generate(expected.prompt, max_new_tokens=len(expected.ids))
+    assert_equal(expected, [token["id"] for token in answer["details"]["tokens"]])
 
 
-def ask_all(server: RunningServer, prompts: list[str]) -> list[list[int]]:
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        return list(pool.map(lambda prompt: ask(server, prompt), prompts))
+def check_all_at_once(server: RunningServer, answers: list[Answer]) -> None:
+    with ThreadPoolExecutor(len(answers)) as pool:
+        list(pool.map(lambda answer: check(server, answer), answers))
 
 
 def test_alone_all_at_once_and_from_the_prefix_cache(
@@ -113,10 +107,9 @@ def test_alone_all_at_once_and_from_the_prefix_cache(
     server = RunningServer(tmp_path / "log", "--dtype", "float32").wait_ready()
     try:
         for answer in answers:
-            assert_equal(answer, ask(server, answer.prompt))
+            check(server, answer)
         hits = server.metric("vllm:prefix_cache_hits_total")
-        for answer, got in zip(answers, ask_all(server, [a.prompt for a in answers]), strict=True):
-            assert_equal(answer, got)
+        check_all_at_once(server, answers)
         assert server.metric("vllm:prefix_cache_hits_total") > hits + 2000
     finally:
         assert server.stop() == 0
@@ -128,8 +121,7 @@ def test_all_at_once_in_small_chunks_without_prefix_hits(
     flags = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--no-prefix-caching")
     server = RunningServer(tmp_path / "log", *flags).wait_ready()
     try:
-        for answer, got in zip(answers, ask_all(server, [a.prompt for a in answers]), strict=True):
-            assert_equal(answer, got)
+        check_all_at_once(server, answers)
         assert server.metric("vllm:prefix_cache_hits_total") == 0
     finally:
         assert server.stop() == 0
@@ -143,9 +135,7 @@ def test_in_a_pool_so_small_that_requests_are_preempted(
     try:
         assert "warning: the KV cache holds 384 tokens" in server.output
         fitting = [a for a, length in zip(answers, LENGTHS, strict=True) if length <= 256]
-        many = [a for a in fitting for _ in range(2)]
-        for answer, got in zip(many, ask_all(server, [a.prompt for a in many]), strict=True):
-            assert_equal(answer, got)
+        check_all_at_once(server, fitting)
         assert server.metric("vllm:num_preemptions_total") > 0
     finally:
         assert server.stop() == 0

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,6 @@ from llm_serving.transport.blocking import BlockingChannel
 from llm_serving.transport.step_counter import StepCounter
 
 __all__ = ["Columns", "Runner", "WorkAgent", "failed"]
-
-Array = npt.NDArray[Any]
 
 _COLUMNS = ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite")
 _DTYPES = {field.name: "int32" for field in fields(StepInputs) if field.name != "step_id"}
@@ -136,13 +134,9 @@ class _Memory:
 
     def read(self, command: Execute) -> StepInputs:
         """Views, valid until the step is answered: then the master may use the slot again."""
-        if command.tensors.keys() != _DTYPES.keys():
-            raise _wrong_names(command.tensors)
-        arrays: dict[str, Array] = {}
-        for name, ref in command.tensors.items():
-            if ref.dtype != _DTYPES[name]:
-                raise ChannelError(f"{name} came as {ref.dtype}, not {_DTYPES[name]}")
-            arrays[name] = self._inputs.read(ref)
+        if {name: ref.dtype for name, ref in command.tensors.items()} != _DTYPES:
+            raise _wrong_tensors(command.tensors)
+        arrays = self._inputs.read_all(command.tensors)
         arrays["sampling"] = arrays["sampling"].view(SAMPLING_DTYPE)
         return StepInputs(command.step_id, **arrays)
 
@@ -151,7 +145,8 @@ class _Memory:
         if slot is None:
             raise ChannelError("the master has not read the results of the steps before")
         try:
-            return {name: self._results.write(slot, getattr(columns, name)) for name in _COLUMNS}
+            arrays = {name: getattr(columns, name) for name in _COLUMNS}
+            return self._results.write_all(slot, arrays)
         except ChannelError:
             self._results.release(slot)
             raise
@@ -165,6 +160,10 @@ def failed(exc: Exception, step_id: int = -1) -> Failed:
     return Failed(step_id, ServingError.code, f"{type(exc).__name__}: {exc}")
 
 
-def _wrong_names(tensors: Mapping[str, object]) -> ChannelError:
-    strange = ", ".join(sorted(tensors.keys() ^ _DTYPES.keys()))
-    return ChannelError(f"a step lacks these arrays, or does not know them: {strange}")
+def _wrong_tensors(tensors: Mapping[str, TensorRef]) -> ChannelError:
+    if strange := ", ".join(sorted(tensors.keys() ^ _DTYPES.keys())):
+        return ChannelError(f"a step lacks these arrays, or does not know them: {strange}")
+    wrong = [
+        f"{n} as {r.dtype}, not {_DTYPES[n]}" for n, r in tensors.items() if r.dtype != _DTYPES[n]
+    ]
+    return ChannelError(f"a step came with {', '.join(wrong)}")

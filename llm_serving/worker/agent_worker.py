@@ -10,36 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from functools import partial
 
-from llm_serving.errors import (
-    AgentDied,
-    AgentError,
-    AgentTimeout,
-    ChannelError,
-    Unavailable,
-)
-from llm_serving.protocol import Attach, Execute, Executed, Failed, Ready, Reply
+from llm_serving.errors import AgentDied, AgentError, AgentTimeout, ChannelError, Unavailable
+from llm_serving.protocol import Execute, Executed, Failed, Ready, Reply
 from llm_serving.step_arrays import StepInputs, StepResult
 from llm_serving.transport import frames
 from llm_serving.transport.arena import Arena
 from llm_serving.transport.shared_memory import sweep_segments
-from llm_serving.transport.step_counter import StepCounter
 from llm_serving.worker.agent_group import Agent, AgentGroup
 from llm_serving.worker.flights import Flight, Flights
 from llm_serving.worker.launcher import Launcher
+from llm_serving.worker.segments import Segments
 from llm_serving.worker.step_transfer import StepLimits, read_result, write_inputs
 
 __all__ = ["AgentWorker"]
-
-
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """What the master keeps for one rank, whichever agent that is."""
-
-    results: Arena
-    counter: StepCounter
 
 
 class AgentWorker:
@@ -62,8 +47,7 @@ class AgentWorker:
         self._config = launcher.config
         self._limits = StepLimits(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
         self._num_slots = num_slots
-        self._inputs: Arena | None = None
-        self._ranks: list[_Segments] = []
+        self._segments: Segments | None = None
         self._group: AgentGroup | None = None  # None: no agent lives
         self._why_dead = "the agents have not been started"
         self._next: asyncio.Future[Ready] | None = None  # the living epoch's, or the next one's
@@ -79,7 +63,7 @@ class AgentWorker:
         try:
             for name in sweep_segments():
                 self._launcher.on_event(f"swept what a dead server left: /dev/shm/{name}")
-            self._reserve()
+            self._segments = Segments(self._limits, self._num_slots, self._launcher.num_ranks)
             self._next = asyncio.get_running_loop().create_future()
             group = await self._launcher.start()
         except BaseException:
@@ -95,9 +79,10 @@ class AgentWorker:
         return await asyncio.shield(self._next)
 
     def submit(self, inputs: StepInputs) -> asyncio.Future[StepResult]:
-        group, arena = self._group, self._inputs
-        if group is None or arena is None:
+        group, segments = self._group, self._segments
+        if group is None or segments is None:
             raise AgentDied(self._why_dead)
+        arena = segments.inputs
         slot = arena.begin()
         if slot is None:
             raise ChannelError("more steps are outstanding than the segments have slots")
@@ -116,18 +101,19 @@ class AgentWorker:
 
     def stalled(self) -> str | None:
         """Why a step would not get on: no agent lives, or one has work and does not move."""
-        if self._group is None:
+        if self._group is None or self._segments is None:
             return self._why_dead
-        for number, rank in enumerate(self._ranks):
-            moved = max(self._flights.first_since, rank.counter.read().moved_ns / 1e9)
+        for rank, counter in enumerate(self._segments.counters):
+            moved = max(self._flights.first_since, counter.read().moved_ns / 1e9)
             idle_s = time.monotonic() - moved
-            if self._flights.owed_by(number) and idle_s > self._config.stall_s:
-                return f"agent {number} has work, and finished no layer for {idle_s:.0f} s"
+            if self._flights.owed_by(rank) and idle_s > self._config.stall_s:
+                return f"agent {rank} has work, and finished no layer for {idle_s:.0f} s"
         return None
 
     def describe(self) -> list[dict[str, object]]:
         """Each rank of the living epoch, for people."""
-        agents = [] if self._group is None else self._group.agents
+        if self._group is None or self._segments is None:
+            return []
         return [
             {
                 "rank": agent.rank,
@@ -141,8 +127,8 @@ class AgentWorker:
                 "steps_finished": count.finished,
                 "layers_finished": count.ticks,
             }
-            for agent, rank in zip(agents, self._ranks, strict=False)
-            for count in [rank.counter.read()]
+            for agent in self._group.agents
+            for count in [self._segments.counters[agent.rank].read()]
         ]
 
     async def close(self) -> None:
@@ -154,10 +140,9 @@ class AgentWorker:
         self._on_lost(AgentDied("the worker is closed"))
         self._give_up(Unavailable("the worker is closed"))
         await self._launcher.close()
-        for segment in (self._inputs, *(s for r in self._ranks for s in (r.results, r.counter))):
-            if segment is not None:
-                segment.close()
-        self._inputs, self._ranks = None, []
+        if self._segments is not None:
+            self._segments.close()
+            self._segments = None
 
     async def _supervise(self, group: AgentGroup) -> None:
         """One epoch after the other, until it cannot go on."""
@@ -172,49 +157,40 @@ class AgentWorker:
             self._give_up(Unavailable(f"agents cannot be restarted: {exc!r}"))
             raise
 
-    def _reserve(self) -> None:
-        limits, num_slots = self._limits, self._num_slots
-        self._inputs = Arena.create(num_slots, limits.input_bytes, writes=True)
-        for _ in range(self._launcher.num_ranks):
-            results = Arena.create(num_slots, limits.result_bytes, writes=False)
-            self._ranks.append(_Segments(results, StepCounter.create()))
-
     def _adopt(self, group: AgentGroup) -> None:
         """Begin an epoch: nothing is outstanding, every slot is free."""
-        if self._inputs is None or self._next is None:
+        if self._segments is None or self._next is None:
             raise Unavailable(self._why_dead)
-        self._inputs.reset()
+        self._segments.reset()
         self._group = group
         group.watch(self._on_lost)
-        for agent, rank in zip(group.agents, self._ranks, strict=True):
-            rank.results.reset()
-            attach = Attach(
-                self._inputs.name, rank.results.name, self._num_slots, rank.counter.name
-            )
-            _post(group, agent, frames.encode(attach))
+        for agent in group.agents:
+            _post(group, agent, frames.encode(self._segments.attach(agent.rank)))
             agent.channel.subscribe(partial(self._on_reply, agent.rank), group.lose)
         if self._group is not None:  # not lost again
             self._next.set_result(group.ready)
 
     def _on_reply(self, rank: int, reply: Reply) -> None:
         """One answer of a rank.  Raises AgentError, which ends the epoch, for what is none."""
+        segments = self._segments
+        if segments is None:
+            return
         if isinstance(reply, Executed):
-            self._on_executed(rank, reply)
+            self._on_executed(segments.results[rank], rank, reply)
         elif isinstance(reply, Failed) and reply.step_id >= 0:
             flight = self._flights.answer(rank, reply.step_id)
             flight.failure = _step_failure(rank, reply)
         else:
             raise _unexpected(rank, reply)
         if (over := self._flights.take_over()) is not None:
-            if self._inputs is not None:
-                self._inputs.release(over.slot)
+            segments.inputs.release(over.slot)
             over.land()
 
-    def _on_executed(self, rank: int, reply: Executed) -> None:
+    def _on_executed(self, results: Arena, rank: int, reply: Executed) -> None:
         flight = self._flights.answer(rank, reply.step_id)
         if self._group is None or reply.agent_epoch != self._group.agent_epoch:
             raise ChannelError(f"agent {rank} answered for epoch {reply.agent_epoch}")
-        result = read_result(self._ranks[rank].results, reply)
+        result = read_result(results, reply)
         if rank == 0:
             flight.result = result
 

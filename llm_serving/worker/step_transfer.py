@@ -59,10 +59,9 @@ class StepLimits:
 
 def write_inputs(arena: Arena, slot: int, inputs: StepInputs) -> dict[str, TensorRef]:
     """Raises ChannelError if the step is larger than the limits."""
-    arrays = zip(_NAMES, _ARRAYS(inputs), strict=True)
-    tensors = {name: arena.write(slot, array) for name, array in arrays}
-    tensors["sampling"] = arena.write(slot, inputs.sampling.view(np.uint8))
-    return tensors
+    arrays = dict(zip(_NAMES, _ARRAYS(inputs), strict=True))
+    arrays["sampling"] = inputs.sampling.view(np.uint8)
+    return arena.write_all(slot, arrays)
 
 
 def read_result(arena: Arena, executed: Executed) -> StepResult:
@@ -70,7 +69,7 @@ def read_result(arena: Arena, executed: Executed) -> StepResult:
     tensors = executed.tensors
     if {name: ref.dtype for name, ref in tensors.items()} != _COLUMNS:
         raise _wrong_columns(tensors)
-    columns = {name: arena.read(ref).copy() for name, ref in tensors.items()}
+    columns = {name: view.copy() for name, view in arena.read_all(tensors).items()}
     arena.release(tensors["token_ids"].slot)
     return StepResult(executed.step_id, executed.agent_epoch, **columns, times=executed.times)
 
