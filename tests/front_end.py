@@ -78,7 +78,7 @@ class AlternativesWorker(FakeWorker):
 class RawCall:
     """One call of an ASGI application, to see every message and to disturb it."""
 
-    def __init__(self, app: FastAPI, path: str, body: Any) -> None:
+    def __init__(self, app: FastAPI, path: str, body: Any, method: str = "POST") -> None:
         self.sent: list[Message] = []
         self.may_send = asyncio.Event()
         self.may_send.set()
@@ -88,7 +88,7 @@ class RawCall:
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "path": path,
             "raw_path": path.encode(),
             "root_path": "",
@@ -191,7 +191,14 @@ async def front_end(
 @contextlib.asynccontextmanager
 async def socket_of(app: FastAPI) -> AsyncIterator[int]:
     """The port of a real HTTP server around `app`, in this event loop."""
-    config = uvicorn.Config(app, port=0, http="httptools", log_level="error", lifespan="off")
+    config = uvicorn.Config(
+        app,
+        port=0,
+        http="httptools",
+        log_level="error",
+        lifespan="off",
+        timeout_graceful_shutdown=1,  # a test that fails must not wait for its open connections
+    )
     server = uvicorn.Server(config)
     server.config.load()
     server.lifespan = config.lifespan_class(config)

@@ -22,7 +22,7 @@ from llm_serving.errors import (
     Unavailable,
 )
 from llm_serving.testing import FakeWorker
-from tests.front_end import SETTINGS, FrontEnd, front_end
+from tests.front_end import SETTINGS, FrontEnd, RawCall, front_end
 
 SANE_ID = re.compile(r"[0-9a-f]{32}")
 GET = ["/livez", "/readyz", "/health", "/info", "/metrics", "/models/llama2/info"]
@@ -43,6 +43,13 @@ async def test_every_operation_route_answers_get_and_head(front: FrontEnd, path:
     assert answer.content
     assert head.content == b""
     assert head.headers["content-type"] == answer.headers["content-type"]
+
+
+async def test_head_sends_the_length_but_no_body(front: FrontEnd) -> None:
+    call = RawCall(front.app, "/livez", None, "HEAD")
+    await call.task
+    assert dict(call.sent[0]["headers"])[b"content-length"] == b"18"
+    assert call.pieces == [b""]
 
 
 @pytest.mark.parametrize("path", ["/readyz", "/health", "/models/llama2/health"])

@@ -34,9 +34,14 @@ SMALL = ApiSettings(
 
 @pytest.fixture
 def run() -> Iterator[Callable[[Coroutine[Any, Any, None]], None]]:
-    """Runs a coroutine in the event loop that the server uses."""
+    """Runs a coroutine in the event loop that the server uses; one that hangs fails."""
+
+    async def bounded(scenario: Coroutine[Any, Any, None]) -> None:
+        async with asyncio.timeout(15):
+            await scenario
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        yield runner.run
+        yield lambda scenario: runner.run(bounded(scenario))
 
 
 @contextlib.asynccontextmanager

@@ -290,6 +290,26 @@ async def test_an_error_after_the_first_byte_is_the_last_event(
     assert reason_of(last)[0] == "agent"
 
 
+async def test_tokens_that_come_together_with_an_error_are_sent_before_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    worker = PausedWorker(64)
+    async with front_end(tmp_path, worker=worker) as front:
+        call = RawCall(front.app, "/generate_stream", {"inputs": PROMPT})
+        await worker.step(1)
+        await until(lambda: call.pieces)
+        call.may_send.clear()
+        await worker.step(4)
+        (request,) = front.scheduler.open_requests
+        await until(lambda: request.num_new_tokens == 5)
+        front.server.abort_all()
+        call.may_send.set()
+        await call.task
+    *events, last = events_of(b"".join(call.pieces).decode())
+    assert [event["index"] for event in events] == [1, 2, 3, 4, 5]
+    assert reason_of(last)[0] == "aborted"
+
+
 async def test_an_error_before_the_first_byte_has_its_own_status(tmp_path: pathlib.Path) -> None:
     worker = FakeWorker(64, 4, faults={1: "refuse"})
     async with front_end(tmp_path, worker=worker) as front:
