@@ -169,7 +169,9 @@ def test_an_agent_killed_in_mid_step_is_replaced_and_nothing_is_lost(
     events = [json.loads(line[5:]) for line in seen if line]
     assert "".join(e["token"]["text"] for e in events) == expected["generated_text"]
     wait_until(lambda: server.status("/readyz") == 200, "/readyz is 200 again", 60)
-    assert server.agents() != [victim]
+    (successor,) = server.agents()
+    assert successor != victim
+    assert b"--num-blocks" in pathlib.Path(f"/proc/{successor}/cmdline").read_bytes()
     again = server.generate(STORY, max_new_tokens=60, ignore_eos=True)
     assert again["generated_text"] == expected["generated_text"]
 

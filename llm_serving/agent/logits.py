@@ -69,11 +69,12 @@ def _history(
     if len(flying) and (last_ids is None or sources[flying].max() >= len(last_ids)):
         raise ChannelError("a penalty needs the ids of the previous step, and there are none")
     flying_ids = last_ids[sources[flying]] if last_ids is not None else flying
-    return _History(
-        np.concatenate([rows, flying]),
-        np.concatenate([inputs.history_ids.astype(np.int64), flying_ids.astype(np.int64)]),
-        np.concatenate([is_output, np.ones(len(flying), np.bool_)]),
-    )
+    num, total = len(rows), len(rows) + len(flying)
+    history = _History(np.empty(total, np.int64), np.empty(total, np.int64), np.ones(total, bool))
+    history.rows[:num], history.rows[num:] = rows, flying
+    history.ids[:num], history.ids[num:] = inputs.history_ids, flying_ids
+    history.is_output[:num] = is_output
+    return history
 
 
 def _add_bias(logits: torch.Tensor, inputs: StepInputs) -> None:

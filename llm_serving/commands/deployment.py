@@ -94,11 +94,13 @@ class Deployment:
     async def run(self) -> int:
         """Start, serve, stop; the exit code."""
         stop = _stop_event()
-        worker = self._worker()
+        launcher = self._launcher()
+        worker = self._worker(launcher)
         try:
             if not await _unless(stop, worker.start()):
                 return 0
             ready = await worker.ready()
+            launcher.pin("--num-blocks", ready.num_blocks)
             self._report.agent(ready, worker.describe(), self._max_model_len)
             return await self._serve(self._front_end(worker, ready), stop)
         finally:
@@ -132,7 +134,7 @@ class Deployment:
             async with asyncio.timeout(self._config.server.shutdown_grace_s):
                 await _unless(stop, server.drained())
 
-    def _worker(self) -> AgentWorker:
+    def _launcher(self) -> Launcher:
         config = self._config
         options = {
             "--card": pathlib.Path(self._card.tokenizer).with_name("card.json"),
@@ -151,8 +153,12 @@ class Deployment:
             for word in (name, value)
         ]
         command = [*program(), "agent", *given]
+        return Launcher(command, config.agent, on_event=self._report.event)
+
+    def _worker(self, launcher: Launcher) -> AgentWorker:
+        config = self._config
         return AgentWorker(
-            Launcher(command, config.agent, on_event=self._report.event),
+            launcher,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=self._max_model_len,

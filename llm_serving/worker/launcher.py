@@ -75,6 +75,10 @@ class Launcher:
             raise ConfigError(f"cannot listen for agents: {exc}") from exc
         return await self._start_group(self._listener)
 
+    def pin(self, option: str, value: object) -> None:
+        """Give it to every later agent: what the first one measured has to stay true."""
+        self._command = [*self._command, option, str(value)]
+
     async def restart(self, reason: AgentError) -> AgentGroup:
         """The next epoch after a loss.  Raises Unavailable when there were too many."""
         if self._group is None or self._listener is None:
