@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 import shlex
+import subprocess
 
 from llm_serving.cli import COMMANDS
 
@@ -39,6 +40,18 @@ def test_what_the_installation_needs_is_copied() -> None:
     assert re.search(rf"^{target}:", makefile, re.M)
     for variable in variables:
         assert re.search(rf"^{variable.split('=')[0]} \?=", makefile, re.M), variable
+
+
+def test_its_make_line_expands_to_requirements_that_pip_understands(tmp_path: pathlib.Path) -> None:
+    (line,) = [line for line in arguments("RUN") if line.startswith("make")]
+    words = line.replace("${TORCH_INDEX}", "https://index.invalid").split()
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((HOUSE / name).read_text())
+    dry = [words[0], "--dry-run", "-C", str(tmp_path), *words[1:]]
+    shown = subprocess.run(dry, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert re.search(r"--no-deps --index-url https://index.invalid torch==[\d.]+\n", shown)
+    assert re.search(r"-c constraints.txt -e '\.'\n", shown)
+    assert "text-generation" not in shown
 
 
 def test_the_command_is_one_of_ours_with_flags_that_exist() -> None:

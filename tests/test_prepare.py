@@ -10,9 +10,9 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
-import msgspecfrom contextlib import suppress
-
+import msgspec
 import pytest
 import torch
 import transformers

@@ -78,6 +78,11 @@ class AgentWorker:
             raise Unavailable(self._why_dead)
         return await asyncio.shield(self._next)
 
+    async def lost(self) -> AgentError:
+        if self._group is None:
+            return AgentDied(self._why_dead)
+        return await asyncio.shield(self._group.lost)
+
     def submit(self, inputs: StepInputs) -> asyncio.Future[StepResult]:
         group, segments = self._group, self._segments
         if group is None or segments is None:
