@@ -41,7 +41,8 @@ def main() -> int:
 
 def default_log() -> pathlib.Path:
     state = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
-    return pathlib.Path(state) / "llm-serving" / f"serve-{time.strftime('%Y-%m-%d-%H_%M_%S')}.log"
+    name = f"serve-{time.strftime('%Y-%m-%d-%H_%M_%S')}-{os.getpid()}.log"
+    return pathlib.Path(state) / "llm-serving" / name
 
 
 def start(command: list[str], log: pathlib.Path, timeout_s: float) -> int:
@@ -52,6 +53,14 @@ def start(command: list[str], log: pathlib.Path, timeout_s: float) -> int:
         server = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True
         )
+    try:
+        return wait_until_ready(server, log, timeout_s)
+    except BaseException:  # Ctrl-C: nobody would know of it any more
+        end(server)
+        raise
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], log: pathlib.Path, timeout_s: float) -> int:
     deadline, shown = time.monotonic() + timeout_s, 0
     while time.monotonic() < deadline:
         shown = show_news(log, shown)
@@ -63,9 +72,18 @@ def start(command: list[str], log: pathlib.Path, timeout_s: float) -> int:
             show_news(log, shown)
             return 0
         time.sleep(0.1)
-    server.terminate()
+    end(server)
     print(f"the server was not ready within {timeout_s:g} s and was stopped", file=sys.stderr)
     return 1
+
+
+def end(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
 
 
 def show_news(log: pathlib.Path, shown: int) -> int:
@@ -93,4 +111,7 @@ def answers(url: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

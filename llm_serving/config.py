@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import difflib
 import pathlib
+import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import yaml
@@ -28,6 +29,9 @@ __all__ = [
     "load_config",
 ]
 
+_NAME = re.compile(r"[A-Za-z0-9]([\w.:/-]*[\w.:-])?", re.ASCII)
+_ROUTES = ("/generate", "/generate_stream", "/info", "/health")
+
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -38,10 +42,19 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: Positive | None = None  # tokens of prompt and output; None: the model's own
 
+    def __post_init__(self) -> None:
+        for name in self.served_names or ():
+            if not _NAME.fullmatch(name) or name.endswith(_ROUTES):
+                raise ValueError(
+                    f"served_names: {name!r} cannot stand in a URL; letters, digits and ._:/- can, "
+                    f"and the end must not be one of {', '.join(_ROUTES)}"
+                )
+
     @property
     def names(self) -> tuple[str, ...]:
         """What the model is called in URLs and metrics; by default llama2 and its own name."""
-        own = pathlib.PurePath(self.path).name.removesuffix(".gguf").lower()
+        own = pathlib.Path(self.path).absolute().name.removesuffix(".gguf").lower()
+        own = re.sub(r"[^\w.:-]+", "-", own, flags=re.ASCII).strip("-.:") or "llama2"
         return self.served_names or tuple(dict.fromkeys(("llama2", own)))
 
 
@@ -97,12 +110,16 @@ def load_config(
     Raises ConfigError, naming the key, for anything that is unknown or out of range.
     """
     settings = {} if path is None else _read(path)
-    for dotted, value in (overrides or {}).items():
-        section, key = dotted.split(".")
-        inner = settings.setdefault(section, {})
-        if isinstance(inner, dict):
-            inner[key] = value
-    where = "command line" if path is None else str(path)
+    config = _checked(settings, str(path))
+    if overrides:
+        for dotted, value in overrides.items():
+            section, key = dotted.split(".")
+            settings[section] = {**(settings.get(section) or {}), key: value}
+        config = _checked(settings, "command line")
+    return config
+
+
+def _checked(settings: Mapping[str, Any], where: str) -> ServingConfig:
     _refuse_unknown(settings, ServingConfig, where)
     try:
         return msgspec.convert(settings, ServingConfig)
@@ -116,9 +133,14 @@ def _named(complaint: str, settings: Mapping[str, Any]) -> str:
     if not path:
         return complaint
     dotted = path.rstrip("`")
-    found: Any = settings
-    for key in dotted.partition("[")[0].split("."):
-        found = found[key]
+    section, _, key = dotted.partition("[")[0].partition(".")
+    if not key:  # said by a section's own check, which has named the key
+        return f"{section}.{expected}"
+    (kind,) = (f.type for f in msgspec.structs.fields(ServingConfig) if f.name == section)
+    allowed = get_args(next(f.type for f in msgspec.structs.fields(kind) if f.name == key))
+    if "enum" in expected:
+        expected = f"expected one of {', '.join(map(str, allowed))}"
+    found = settings[section][key]
     return f"{dotted}: {expected[0].lower()}{expected[1:]}, found {found!r:.60}"
 
 

@@ -69,7 +69,11 @@ class RunningServer:
         return int(self.url.rpartition(":")[2])
 
     def agents(self) -> list[int]:
-        """Pids of its living agent processes, as `ps` sees them."""
+        """Pids of its living agent processes."""
+        return self.children(b"agent")
+
+    def children(self, command: bytes) -> list[int]:
+        """Pids of its living child processes that run a command of ours, as `ps` sees them."""
         found = []
         for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -77,7 +81,7 @@ class RunningServer:
                 words = (stat.parent / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if state != "Z" and int(parent) == self.pid and b"agent" in words:
+            if state != "Z" and int(parent) == self.pid and command in words:
                 found.append(int(stat.parent.name))
         return found
 

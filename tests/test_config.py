@@ -59,8 +59,14 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
         ("zzz: {}", "unknown key zzz; known: model, server"),
         ("scheduler: {max_num_seqs: 0}", "scheduler.max_num_seqs: expected `int` >= 1, found 0"),
         ("server: {port: many}", "server.port: expected `int`, got `str`, found 'many'"),
-        ("model: {dtype: int3}", "model.dtype: invalid enum value 'int3'"),
+        (
+            "model: {dtype: int3}",
+            "model.dtype: expected one of auto, float32, .*float16, found 'int3'",
+        ),
         ("model: {served_names: [1]}", r"model.served_names\[0\]: expected `str`"),
+        ("model: {served_names: ['']}", "model.served_names: '' cannot stand in a URL"),
+        ("model: {served_names: [a/generate]}", "model.served_names: 'a/generate' cannot stand"),
+        ("model: {served_names: [a b]}", "model.served_names: 'a b' cannot stand"),
         ("scheduler: 3", "scheduler is a section, found 3"),
         ("just words", "expected sections such as 'model:'"),
         ("a: [", "is not YAML"),
@@ -72,6 +78,24 @@ def test_what_is_wrong_is_named(tmp_path: pathlib.Path, text: str, problem: str)
     with pytest.raises(ConfigError, match=problem) as caught:
         load_config(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(ConfigError, match=r"^command line: server.port: expected `int` <= 65535"):
+        load_config(HOUSE / "configs/smollm2_135m.yaml", {"server.port": 99999})
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [("a/b c.gguf", "b-c"), ("org/Name-7B", "name-7b"), ("/", "llama2"), (".", "main")],
+)
+def test_a_model_is_called_by_its_own_name_too(
+    path: str, own: str, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / "main").mkdir()
+    monkeypatch.chdir(tmp_path / "main")
+    names = load_config(None, {"model.path": path}).model.names
+    assert names == tuple(dict.fromkeys(("llama2", own)))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:

@@ -140,27 +140,27 @@ def test_a_host_that_is_not_ours_is_refused() -> None:
 
 
 def test_two_servers_cannot_start_on_one_port_side_by_side() -> None:
-    first = ServerRecord.claim("127.0.0.1", 1)
+    first = ServerRecord.claim(1, "127.0.0.1")
     try:
         found = find_server(1)
         assert found is not None
         assert found.pid == os.getpid()
-        with pytest.raises(ConfigError, match=rf"\(pid {os.getpid()}\) is starting on port 1"):
-            ServerRecord.claim("127.0.0.1", 1)
+        with pytest.raises(ConfigError, match=rf"\(pid {os.getpid()}\) serves port 1, or"):
+            ServerRecord.claim(1, "127.0.0.1")
     finally:
         first.release()
     assert find_server(1) is None
-    ServerRecord.claim("127.0.0.1", 1).release()
+    ServerRecord.claim(1, "127.0.0.1").release()
 
 
 def test_what_a_killed_server_left_of_its_record_does_not_count(tmp_path: pathlib.Path) -> None:
     code = (
         "import os; from llm_serving.commands.server_record import ServerRecord;"
-        "r = ServerRecord.claim('127.0.0.1', 2); os._exit(9)"
+        "r = ServerRecord.claim(2, '127.0.0.1'); os._exit(9)"
     )
     assert run(sys.executable, "-c", code).returncode == 9
     assert find_server(2) is None
-    ServerRecord.claim("127.0.0.1", 2).release()
+    ServerRecord.claim(2, "127.0.0.1").release()
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_a_killed_server_left_of_its_record_does_not_count(tmp_path: pathli
         (["serve", "--nope"], 2, "No such option"),
         (["serve", "--task", "2"], 1, "not supported yet"),
         (["serve", "--task", "3"], 1, "expected 1 (speed) or 2 (precision), found 3"),
-        (["serve", "--dtype", "int3"], 1, "model.dtype: invalid enum value 'int3'"),
+        (["serve", "--dtype", "int3"], 1, "model.dtype: expected one of auto, float32"),
         (["stop", "--port", "3"], 1, "no server of yours runs on port 3"),
     ],
 )
@@ -197,3 +197,29 @@ def test_sigterm_during_the_start_ends_it_with_code_0(
     wait_until(lambda: server.agents() or server.process.poll() is not None, "the agent starts")
     assert server.stop() == 0
     assert server.agents() == []
+
+
+def test_sigterm_during_the_preparation_ends_that_too(
+    tmp_path: pathlib.Path, smollm2: pathlib.Path
+) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    server = RunningServer(tmp_path / "log", "--model", str(smollm2), env=cache)
+    wait_until(lambda: server.children(b"prepare"), "the preparation starts")
+    (child,) = server.children(b"prepare")
+    assert server.stop() == 0
+    assert not pathlib.Path(f"/proc/{child}").exists()
+    assert list((tmp_path / "llm-serving" / "prepared").glob("*.partial")) == []
+
+
+def test_a_killed_server_takes_its_preparation_with_it(
+    tmp_path: pathlib.Path, smollm2: pathlib.Path
+) -> None:
+    cache = {"XDG_CACHE_HOME": str(tmp_path)}
+    server = RunningServer(tmp_path / "log", "--model", str(smollm2), env=cache)
+    wait_until(lambda: "prepare" in server.output or server.children(b"prepare"), "it starts")
+    wait_until(lambda: list(tmp_path.glob("llm-serving/prepared/*.partial")), "it writes")
+    (child,) = server.children(b"prepare")
+    server.process.kill()
+    server.process.wait()
+    wait_until(lambda: not pathlib.Path(f"/proc/{child}").exists(), "the child has gone", 10)
+    assert list((tmp_path / "llm-serving" / "prepared").glob("*.partial")) == []

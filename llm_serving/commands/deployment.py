@@ -28,6 +28,7 @@ from llm_serving.commands.ports import listen_on
 from llm_serving.commands.program import program
 from llm_serving.commands.server_record import ServerRecord
 from llm_serving.commands.start_report import StartReport
+from llm_serving.commands.unwinding import unwind_on_sigterm
 from llm_serving.config import ServingConfig
 from llm_serving.errors import ServingError
 from llm_serving.master.async_master import AsyncMaster
@@ -52,18 +53,31 @@ def serve_until_stopped(config: ServingConfig) -> int:
     """Serve until SIGTERM or Ctrl-C (exit code 0), or until it cannot go on (1)."""
     report = StartReport()
     with listen_on(config.server.host, config.server.port) as listener:
-        record = ServerRecord.claim(config.server.host, listener.getsockname()[1])
+        record = ServerRecord.claim(
+            listener.getsockname()[1], config.server.host, config.server.shutdown_grace_s
+        )
         try:
-            card = prepared_card(config.model, report)
+            with unwind_on_sigterm():
+                card = prepared_card(config.model, report)
             house = Deployment(config, card, listener, report)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(house.run())
+        except (SystemExit, KeyboardInterrupt):  # before the event loop took the signals over
+            return 0
         finally:
             record.release()
 
 
 class _HttpServer(uvicorn.Server):
     """uvicorn without its signal handlers: it re-raises SIGTERM, so the exit code would be -15."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listens = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listens.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -100,7 +114,8 @@ class Deployment:
             if not await _unless(stop, worker.start()):
                 return 0
             ready = await worker.ready()
-            launcher.pin("--num-blocks", ready.num_blocks)
+            if self._config.kv_cache.num_blocks is None:
+                launcher.pin("--num-blocks", ready.num_blocks)
             self._report.agent(ready, worker.describe(), self._max_model_len)
             return await self._serve(self._front_end(worker, ready), stop)
         finally:
@@ -110,9 +125,9 @@ class Deployment:
         running = asyncio.create_task(front.master.run())
         serving = asyncio.create_task(front.http.serve([self._listener]))
         stopping = asyncio.create_task(stop.wait())
-        address: tuple[str, int] = self._listener.getsockname()[:2]
-        self._report.ready(address, self._config.model.names)
         try:
+            if await _unless(stop, front.http.listens.wait()):
+                self._report.ready(self._url(), self._config.model.names)
             await asyncio.wait({running, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 await self._drain(front.server, stop)
@@ -124,6 +139,10 @@ class Deployment:
             running.cancel()
             await asyncio.wait({running, serving})
         return _exit_code(running, serving)
+
+    def _url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def _drain(self, server: LLMServer, stop: asyncio.Event) -> None:
         """Let running requests end, for as long as is allowed or until a second Ctrl-C."""

@@ -6,6 +6,7 @@ it in a process of its own, so that neither gguf nor torch is ever in the front 
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import msgspec
@@ -18,6 +19,8 @@ from llm_serving.model_card import ModelCard, ModelConfig
 from llm_serving.prepare.cache import find_prepared
 
 __all__ = ["context_length", "prepared_card"]
+
+_UNWIND_S = 10.0
 
 
 def prepared_card(model: ModelSection, report: StartReport) -> ModelCard:
@@ -56,15 +59,19 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 
 
 def _prepare(model: ModelSection) -> ModelCard:
-    command = [*program(), "prepare", model.path]
-    done = subprocess.run(
-        [*command, "--dtype", model.dtype, "--json"], stdout=subprocess.PIPE, text=True, check=False
-    )
+    flags = ["--dtype", model.dtype, "--json", "--parent", str(os.getpid())]
+    child = subprocess.Popen([*program(), "prepare", model.path, *flags], stdout=subprocess.PIPE)
     try:
-        answer = msgspec.json.decode(done.stdout)
+        output, _ = child.communicate()
+    except BaseException:  # Ctrl-C, SIGTERM: it removes what it has half made, and its own children
+        child.terminate()
+        child.wait(_UNWIND_S)
+        raise
+    try:
+        answer = msgspec.json.decode(output)
     except msgspec.DecodeError as exc:
         raise ConfigError(
-            f"model.path: preparing {model.path!r} ended with exit code {done.returncode}"
+            f"model.path: preparing {model.path!r} ended with exit code {child.returncode}"
         ) from exc
     if "error" in answer:
         raise ConfigError(f"model.path: {answer['error']}")

@@ -13,7 +13,8 @@ __all__ = ["run_command"]
 
 def run_command(name: str, command: Callable[..., int], argv: list[str]) -> int:
     """Parse and run; the command's exit code, or 2 and a sentence for wrong arguments."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    # Without rich: its markup eats "[64]", and its table cuts the names of long flags.
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @functools.wraps(command)
     def run(*args: Any, **options: Any) -> None:

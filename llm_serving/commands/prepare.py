@@ -9,7 +9,7 @@ import typer
 
 from llm_serving.commands.console import ConsoleProgress
 from llm_serving.commands.options import run_command
-from llm_serving.commands.unwinding import unwind_on_sigterm
+from llm_serving.commands.unwinding import end_with_parent, unwind_on_sigterm
 from llm_serving.errors import ConfigError
 from llm_serving.prepare.prepare import prepare as convert
 
@@ -39,6 +39,9 @@ def prepare(
             "float32",
         ),
     ] = "auto",
+    parent: Annotated[
+        int | None, typer.Option(hidden=True, help="the process without which this one is useless")
+    ] = None,
     json: Annotated[
         bool, typer.Option("--json", help="print the card, or what is wrong, as one line of JSON")
     ] = False,
@@ -49,6 +52,8 @@ def prepare(
 
     Phases and their seconds go to stderr, the result to stdout.
     """
+    if parent is not None:
+        end_with_parent(parent)
     try:
         with ConsoleProgress() as progress:
             card = convert(model, dtype, progress)

@@ -1,6 +1,6 @@
 """Which servers of this user run here: one locked file for each port, for `stop` to find.
 
-    <runtime folder>/servers/8835.json      {"pid": 4711, "host": "127.0.0.1", "port": 8835}
+    <runtime folder>/servers/8835.json      {"pid": 4711, "host": "127.0.0.1", "grace_s": 10.0}
 
 The server holds an flock on its file for as long as it lives, so a file without a lock is left
 over, whatever its pid says, and two servers cannot start on one port side by side.
@@ -24,7 +24,7 @@ __all__ = ["Record", "ServerRecord", "find_server"]
 class Record(msgspec.Struct, frozen=True):
     pid: int
     host: str
-    port: int
+    grace_s: float  # how long it lets running requests go on after SIGTERM
 
 
 class ServerRecord:
@@ -35,7 +35,7 @@ class ServerRecord:
         self._fd = fd
 
     @classmethod
-    def claim(cls, host: str, port: int) -> ServerRecord:
+    def claim(cls, port: int, host: str, grace_s: float = 0.0) -> ServerRecord:
         """Say that this process serves the port.  Raises ConfigError if another one does."""
         path = _path(port)
         while True:
@@ -46,12 +46,14 @@ class ServerRecord:
                 os.close(fd)
                 other = find_server(port)
                 who = f" (pid {other.pid})" if other else ""
-                raise ConfigError(f"another llm-serving{who} is starting on port {port}") from None
+                raise ConfigError(
+                    f"another llm-serving{who} serves port {port}, or is about to"
+                ) from None
             if _is_same_file(fd, path):  # not one that its last owner has just unlinked
                 break
             os.close(fd)
         os.truncate(fd, 0)
-        os.pwrite(fd, msgspec.json.encode(Record(os.getpid(), host, port)), 0)
+        os.pwrite(fd, msgspec.json.encode(Record(os.getpid(), host, grace_s)), 0)
         return cls(path, fd)
 
     def release(self) -> None:

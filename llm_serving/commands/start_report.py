@@ -47,11 +47,9 @@ class StartReport:
         kernels = ", ".join(sorted(set(ready.kernels.values())))
         print(f"agent      {ready.device}, {ready.dtype}, {ready.num_threads} threads, {kernels}")
         for agent in agents:
-            address = agent["address"]
-            where = ":".join(map(str, address)) if isinstance(address, tuple) else address
             print(
                 f"transport  agent {agent['rank']} (pid {agent['pid']}): {agent['transport']} "
-                f"{where} + shared memory, round trip {agent['round_trip_us']} us"
+                f"{agent['address']} + shared memory, round trip {agent['round_trip_us']} us"
             )
         tokens = ready.num_blocks * ready.block_size
         print(f"KV cache   {ready.num_blocks} blocks of {ready.block_size} tokens: {tokens} tokens")
@@ -61,8 +59,7 @@ class StartReport:
                 f"{max_model_len}; longer requests are refused (kv_cache.num_blocks)"
             )
 
-    def ready(self, address: tuple[str, int], names: tuple[str, ...]) -> None:
-        url = f"http://{address[0]}:{address[1]}"
+    def ready(self, url: str, names: tuple[str, ...]) -> None:
         seconds = time.perf_counter() - self._began
         print(f"serving    {', '.join(names)}: POST {url}/models/{names[0]}/generate")
         print(f"ready at {url} after {seconds:.2f} s; Ctrl-C ends it", flush=True)

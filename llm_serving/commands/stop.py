@@ -15,6 +15,7 @@ from llm_serving.commands.server_record import find_server
 __all__ = ["main"]
 
 _KILL_WAIT_S = 5.0
+_CLEANUP_S = 20.0  # beside what running requests are allowed
 
 
 def main(argv: list[str]) -> int:
@@ -24,8 +25,11 @@ def main(argv: list[str]) -> int:
 
 def stop(
     port: int = typer.Option(8835, "--port", "-P", help="the port of the server to end"),
-    timeout_s: float = typer.Option(
-        30.0, "--timeout", help="seconds it may take to end by itself before it is killed"
+    timeout: float | None = typer.Option(
+        None,
+        help="seconds it may take to end by itself before it is killed "
+        "(default: its server.shutdown_grace_s and 20 more)",
+        show_default=False,
     ),
 ) -> int:
     """End the server of a port: running requests may finish (server.shutdown_grace_s)."""
@@ -33,6 +37,7 @@ def stop(
     if record is None:
         print(f"no server of yours runs on port {port}")
         return 1
+    timeout_s = record.grace_s + _CLEANUP_S if timeout is None else timeout
     with suppress(ProcessLookupError):
         process = os.pidfd_open(record.pid)
         try:

@@ -1,12 +1,19 @@
-"""SIGTERM as Ctrl-C: children are ended and partial folders removed on the way out."""
+"""SIGTERM as Ctrl-C: children are ended and partial folders removed on the way out.
+
+A child that must not outlive its parent, however that goes, asks the kernel for a SIGTERM then.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import signal
 from collections.abc import Iterator
 
-__all__ = ["unwind_on_sigterm"]
+__all__ = ["end_with_parent", "unwind_on_sigterm"]
+
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @contextlib.contextmanager
@@ -17,6 +24,13 @@ def unwind_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Get SIGTERM when the thread that started this process ends; at once if it has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent_pid:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(number: int, _frame: object) -> None:
