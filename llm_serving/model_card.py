@@ -54,6 +54,19 @@ class ModelConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     qk_norm: bool = False  # Qwen3: rms norm over head_dim of every query and key head
     sliding_window: int | None = None  # served only up to this context, where it changes nothing
 
+    @property
+    def longest_context(self) -> int:
+        """Tokens up to which rotary positions mean something.
+
+        `default` and `llama3` state it; the others stretch the length that was trained, and some
+        checkpoints state that, some the stretched one.
+        """
+        scaling, stated = self.rope_scaling, self.max_position_embeddings
+        if scaling.rope_type in ("default", "llama3"):
+            return stated
+        trained = scaling.original_max_position_embeddings or stated
+        return max(stated, int(scaling.factor * trained))
+
 
 class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int

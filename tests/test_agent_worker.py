@@ -145,6 +145,19 @@ async def test_a_failed_step_is_told_its_followers_refused_and_the_agent_goes_on
     assert (await deployed.worker.ready()).agent_epoch == 1
 
 
+async def test_an_agent_that_fails_every_step_is_replaced(deploy: Deploy) -> None:
+    deployed = await deploy(fail_at=list(range(1, 40)))
+    worker = deployed.worker
+    before = await worker.ready()
+    for step_id in range(1, 16):
+        with pytest.raises(AgentError, match="was to fail"):
+            await worker.submit(step(step_id))
+    with pytest.raises(AgentError, match=r"16 steps failed in a row: .*step 16 was to fail"):
+        await worker.submit(step(16))
+    assert "16 steps failed in a row" in str(await worker.lost())
+    assert (await worker.ready()).agent_epoch == before.agent_epoch + 1
+
+
 @pytest.mark.parametrize(
     "fields",
     [

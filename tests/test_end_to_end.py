@@ -188,12 +188,15 @@ def test_ps_shows_the_agent_and_info_its_transport(server: RunningServer) -> Non
     assert "round trip" in server.output
 
 
+@pytest.mark.parametrize("state", ["waits", "is stopped"])
 def test_a_killed_server_takes_its_agents_with_it_and_the_next_start_sweeps(
-    tmp_path: pathlib.Path,
+    tmp_path: pathlib.Path, state: str
 ) -> None:
     first = RunningServer(tmp_path / "first").wait_ready()
     agents = first.agents()
     assert segments(first.pid)
+    if state == "is stopped":  # it runs nothing then, no watchdog either
+        os.kill(agents[0], signal.SIGSTOP)
     first.process.kill()
     first.process.wait()
     wait_until(lambda: not any(map(_is_alive, agents)), "the agents are gone", 5)

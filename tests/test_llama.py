@@ -18,7 +18,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.reference import ReferenceKernels
 from llm_serving.models.layers import LinearPart, PlainLinear, PlainLinears
-from llm_serving.models.rope import inverse_frequencies, longest_context, rotary_table
+from llm_serving.models.rope import inverse_frequencies, rotary_table
 from tests.tiny_models import (
     CONTEXT,
     CPU,
@@ -336,7 +336,7 @@ def test_the_longest_context_counts_the_stretching_in() -> None:
         config = FAMILIES["llama"][0](
             **{**SMALL, "rope_parameters": dict(ROPES[rope], rope_theta=1e4)}
         )
-        return longest_context(model_config("llama", config))
+        return model_config("llama", config).longest_context
 
     assert [longest(rope) for rope in ("default", "llama3")] == [CONTEXT, CONTEXT]
     assert [longest(rope) for rope in ("linear", "dynamic")] == [4 * CONTEXT, 2 * CONTEXT]

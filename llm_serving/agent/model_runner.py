@@ -28,7 +28,7 @@ from llm_serving.models.attention_metadata import MetadataBuilder
 from llm_serving.models.checkpoint import load_weights
 from llm_serving.models.layers import PlainLinears
 from llm_serving.models.llama import LlamaModel
-from llm_serving.models.rope import longest_context, rotary_table
+from llm_serving.models.rope import rotary_table
 from llm_serving.step_arrays import StepInputs
 
 __all__ = ["ModelRunner", "StepColumns"]
@@ -221,9 +221,9 @@ def _check_card(card: ModelCard, max_model_len: int) -> None:
             f"sliding_window: served only up to {config.sliding_window} tokens, "
             f"where it changes nothing; max_model_len is {max_model_len}"
         )
-    if max_model_len > longest_context(config):
+    if max_model_len > config.longest_context:
         raise ConfigError(
-            f"max_model_len: {max_model_len} is more than the model's {longest_context(config)} "
+            f"max_model_len: {max_model_len} is more than the model's {config.longest_context} "
             "(max_position_embeddings, stretched by rope_scaling)"
         )
 

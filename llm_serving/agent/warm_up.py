@@ -16,6 +16,7 @@ from llm_serving.step_arrays import StepInputs
 
 __all__ = ["warm_up_steps"]
 
+MAX_ROWS = 64  # more take the same paths, and a row of logits is large
 CHUNK = 128  # tokens; enough to take the paths of long prompts
 
 
@@ -24,7 +25,7 @@ def warm_up_steps(
 ) -> Iterator[StepInputs]:
     greedy = SamplingParams()
     random = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.01)
-    num_rows = min(max_num_seqs, max_num_batched_tokens)
+    num_rows = min(max_num_seqs, max_num_batched_tokens, MAX_ROWS)
     pool = limits.num_blocks * limits.block_size
     chunk = min(CHUNK, max_num_batched_tokens, limits.max_model_len, pool)
     yield _step(limits, 1, 1, greedy)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from llm_serving.agent.agent_process import AgentSettings, run_agent
 from llm_serving.agent.model_runner import ModelRunner
 from llm_serving.agent.processors import num_processors
 from llm_serving.commands.options import run_command
+from llm_serving.commands.unwinding import end_with_parent
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
 from llm_serving.transport.address import parse_address
@@ -27,6 +29,7 @@ __all__ = ["main"]
 
 def main(argv: list[str]) -> int:
     """The exit codes of `agent.agent_process`."""
+    end_with_parent(signal.SIGKILL)  # a stopped process runs no watchdog
     return run_command("agent", agent, argv)
 
 

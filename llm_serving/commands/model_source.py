@@ -37,18 +37,15 @@ def prepared_card(model: ModelSection, report: StartReport) -> ModelCard:
 def context_length(config: ModelConfig, asked: int | None) -> int:
     """Tokens of prompt and output to serve.  Raises ConfigError if the model has not so many.
 
-    `linear` and `dynamic` rope scaling multiply the context that the model states, `yarn` and
-    `llama3` state the scaled one; a sliding window changes nothing only up to its length.
+    A sliding window changes nothing up to its length, and is not served beyond it.
     """
-    scaling = config.rope_scaling
-    stretch = scaling.factor if scaling.rope_type in ("linear", "dynamic") else 1.0
-    most = int(config.max_position_embeddings * stretch)
     window = config.sliding_window
     if asked is None:
         return min(config.max_position_embeddings, window or config.max_position_embeddings)
-    if asked > most:
+    if asked > config.longest_context:
         raise ConfigError(
-            f"model.max_model_len: {asked} is more than the {most} tokens the model can take"
+            f"model.max_model_len: {asked} is more than the {config.longest_context} tokens the "
+            "model can take"
         )
     if window is not None and asked > window:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Annotated
 
 import msgspec
@@ -53,7 +54,7 @@ def prepare(
     Phases and their seconds go to stderr, the result to stdout.
     """
     if parent is not None:
-        end_with_parent(parent)
+        end_with_parent(signal.SIGTERM, parent)
     try:
         with ConsoleProgress() as progress:
             card = convert(model, dtype, progress)

@@ -1,6 +1,6 @@
 """SIGTERM as Ctrl-C: children are ended and partial folders removed on the way out.
 
-A child that must not outlive its parent, however that goes, asks the kernel for a SIGTERM then.
+A child that must not outlive its parent, however that goes, asks the kernel for a signal then.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def unwind_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def end_with_parent(parent_pid: int) -> None:
-    """Get SIGTERM when the thread that started this process ends; at once if it has ended."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent_pid:
-        os.kill(os.getpid(), signal.SIGTERM)
+def end_with_parent(number: signal.Signals, parent_pid: int | None = None) -> None:
+    """Get the signal when the thread that started this process ends; at once if it has ended."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if parent_pid is not None and os.getppid() != parent_pid:
+        os.kill(os.getpid(), number)
 
 
 def _leave(number: int, _frame: object) -> None:

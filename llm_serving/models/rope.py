@@ -18,7 +18,7 @@ import torch
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig, RopeScaling
 
-__all__ = ["inverse_frequencies", "longest_context", "rotary_table"]
+__all__ = ["inverse_frequencies", "rotary_table"]
 
 
 def rotary_table(
@@ -47,14 +47,6 @@ def inverse_frequencies(config: ModelConfig, max_model_len: int) -> tuple[torch.
             return _llama3(config), 1.0
         case "yarn":
             return _yarn(config), _yarn_attention_factor(scaling)
-
-
-def longest_context(config: ModelConfig) -> int:
-    """Tokens for which the model's positions are defined, its stretching counted in."""
-    scaling = config.rope_scaling
-    if scaling.rope_type in ("default", "llama3"):
-        return config.max_position_embeddings
-    return max(config.max_position_embeddings, int(scaling.factor * _original_length(config)))
 
 
 def _plain(theta: float, head_dim: int) -> torch.Tensor:

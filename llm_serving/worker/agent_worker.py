@@ -26,6 +26,8 @@ from llm_serving.worker.step_transfer import StepLimits, read_result, write_inpu
 
 __all__ = ["AgentWorker"]
 
+_MAX_FAILURES = 16  # steps in a row; one request that is to blame itself costs at most five
+
 
 class AgentWorker:
     def __init__(
@@ -54,6 +56,7 @@ class AgentWorker:
         self._supervising: asyncio.Task[None] | None = None
         self._flights = Flights(launcher.num_ranks)
         self._timer: asyncio.TimerHandle | None = None
+        self._num_failures = 0  # steps in a row, of this epoch
 
     async def start(self) -> None:
         """Sweep what dead servers left, reserve memory, and wait for ready agents.
@@ -167,6 +170,7 @@ class AgentWorker:
         if self._segments is None or self._next is None:
             raise Unavailable(self._why_dead)
         self._segments.reset()
+        self._num_failures = 0
         self._group = group
         group.watch(self._on_lost)
         for agent in group.agents:
@@ -185,6 +189,9 @@ class AgentWorker:
         elif isinstance(reply, Failed) and reply.step_id >= 0:
             flight = self._flights.answer(rank, reply.step_id)
             flight.failure = _step_failure(rank, reply)
+            self._num_failures += 1
+            if self._num_failures == _MAX_FAILURES:  # it is not the steps, it is the agent
+                raise AgentError(f"{_MAX_FAILURES} steps failed in a row: {reply.message}")
         else:
             raise _unexpected(rank, reply)
         if (over := self._flights.take_over()) is not None:
@@ -196,6 +203,7 @@ class AgentWorker:
         if self._group is None or reply.agent_epoch != self._group.agent_epoch:
             raise ChannelError(f"agent {rank} answered for epoch {reply.agent_epoch}")
         result = read_result(results, reply)
+        self._num_failures = 0
         if rank == 0:
             flight.result = result
 
