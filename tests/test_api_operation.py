@@ -6,18 +6,22 @@ import json
 import pathlib
 import re
 from collections.abc import AsyncIterator, Iterator
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 from fastapi.openapi.models import OpenAPI
 
+from llm_serving.api.docs_page import documentation_page
 from llm_serving.api.errors import problem_of, problem_of_status
+from llm_serving.api.openapi import openapi_document
 from llm_serving.errors import (
     AgentDied,
     ConfigError,
     InvalidRequest,
     Overloaded,
     RequestAborted,
+    RequestFailed,
     ServingError,
     Unavailable,
 )
@@ -118,7 +122,7 @@ async def test_the_stages_of_a_request_add_up_to_its_time(front: FrontEnd, path:
     answer = await front.post(path, "the cat", max_new_tokens=5)
     timing = answer.headers["server-timing"]
     stages = {name: float(ms) for name, ms in re.findall(r"(\w+);dur=([\d.]+)", timing)}
-    names = ["read", "tokenize", "queue", "prefill", "decode", "total"]
+    names = ["read", "validate", "tokenize", "queue", "prefill", "decode", "total"]
     assert list(stages) == names
     total = stages.pop("total")
     assert sum(stages.values()) <= total + 0.01
@@ -127,7 +131,8 @@ async def test_the_stages_of_a_request_add_up_to_its_time(front: FrontEnd, path:
 async def test_the_last_event_has_the_rest_of_the_stages(front: FrontEnd) -> None:
     answer = await front.post("/generate_stream", "the cat", max_new_tokens=5)
     last = json.loads(answer.text.strip().rpartition("data: ")[2])
-    assert list(last["details"]["timing"]) == ["read", "tokenize", "queue", "prefill", "decode"]
+    names = ["read", "validate", "tokenize", "queue", "prefill", "decode"]
+    assert list(last["details"]["timing"]) == names
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,7 @@ async def test_what_the_router_refuses_has_the_envelope(
         (Unavailable("a"), 503, "unavailable"),
         (RequestAborted("a"), 503, "aborted"),
         (AgentDied("a"), 503, "agent_died"),
+        (RequestFailed("a"), 500, "request_failed"),
         (ConfigError("a"), 500, "internal"),
         (ServingError("a"), 500, "internal"),
         (KeyError("a"), 500, "internal"),
@@ -165,18 +171,26 @@ async def test_what_the_router_refuses_has_the_envelope(
 def test_each_error_has_one_status_and_one_word(exc: Exception, status: int, kind: str) -> None:
     problem = problem_of(exc, "an-id")
     assert (problem.status, problem.body.error_type) == (status, kind)
-    assert problem.body.error == ("a" if status < 500 or status == 503 else problem.body.error)
-    assert ("an-id" in problem.body.error) is (status == 500)
+    assert (problem.body.error == "a") is (kind != "internal")
+    assert ("an-id" in problem.body.error) is (kind == "internal")
     assert (b"retry-after" in dict(problem.headers)) is (status in (429, 503))
 
 
-@pytest.mark.parametrize(("measured", "told"), [(None, b"1"), (0.01, b"1"), (2.2, b"3")])
-def test_retry_after_is_what_was_measured_in_whole_seconds(
-    measured: float | None, told: bytes
+@pytest.mark.parametrize(("measured", "told"), [(0.01, b"1"), (1.0, b"1"), (2.2, b"3")])
+def test_retry_after_is_what_was_measured_in_whole_seconds(measured: float, told: bytes) -> None:
+    problem = problem_of(Overloaded("full"), "", measured)
+    assert dict(problem.headers)[b"retry-after"] == told
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/health", "/generate", "/generate_stream"])
+async def test_every_503_says_when_to_come_back_at_the_rate_measured(
+    front: FrontEnd, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    exc = Overloaded("full")
-    exc.retry_after_s = measured
-    assert dict(problem_of(exc, "").headers)[b"retry-after"] == told
+    monkeypatch.setattr(front.server, "retry_after_s", lambda: 16.5)
+    front.server.begin_drain()
+    is_post = path.startswith("/generate")
+    answer = await (front.post(path, "the cat") if is_post else front.client.get(path))
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "17")
 
 
 def test_an_envelope_is_bounded_and_always_text() -> None:
@@ -237,6 +251,29 @@ def references(value: object) -> Iterator[str]:
             yield from references(inner)
 
 
+class Page(HTMLParser):
+    """What a browser would see of it, and fetch for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+        self.tags: set[str] = set()
+        self.open_tags: list[str] = []
+        self.addresses: set[str | None] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.addresses |= {value for name, value in attrs if name in ("href", "src")}
+        if tag not in ("meta", "br"):
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
 async def test_the_documentation_is_valid_and_complete(front: FrontEnd) -> None:
     document = (await front.client.get("/openapi.json")).json()
     OpenAPI.model_validate(document)
@@ -255,8 +292,35 @@ async def test_the_documentation_is_valid_and_complete(front: FrontEnd) -> None:
     assert all("description" in field for field in schemas["Parameters"]["properties"].values())
 
 
-async def test_the_documentation_page_is_there(front: FrontEnd) -> None:
-    assert "/openapi.json" in (await front.client.get("/docs")).text
+async def test_the_documentation_page_says_what_the_document_says(front: FrontEnd) -> None:
+    document = (await front.client.get("/openapi.json")).json()
+    answer = await front.client.get("/docs")
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    page = Page()
+    page.feed(answer.text)
+    page.close()
+    assert not page.open_tags
+    for path, operations in document["paths"].items():
+        assert path in page.text
+        assert all(operation["summary"] in page.text for operation in operations.values())
+    for schema in document["components"]["schemas"].values():
+        for name, field in schema.get("properties", {}).items():
+            assert name in page.text
+            assert field.get("description", "") in page.text
+
+
+async def test_the_documentation_page_loads_nothing_from_anywhere(front: FrontEnd) -> None:
+    page = Page()
+    page.feed((await front.client.get("/docs")).text)
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    assert page.addresses <= {"/openapi.json"} | {a for a in page.addresses if a.startswith("#")}
+
+
+def test_what_a_description_says_is_no_markup() -> None:
+    document = openapi_document([], "<script>", "1 & 2")
+    page = documentation_page(document)
+    assert "<script>" not in page
+    assert "1 &amp; 2" in page
 
 
 def test_a_model_needs_a_name() -> None:

@@ -19,6 +19,7 @@ from llm_serving.master.scheduler import Limits
 from llm_serving.testing import FakeWorker
 from tests.front_end import (
     AlternativesWorker,
+    FrontEnd,
     PausedWorker,
     events_of,
     front_end,
@@ -185,6 +186,42 @@ def test_a_body_that_never_ends_has_a_deadline(run: Any, tmp_path: pathlib.Path)
             assert b'"error_type":"deadline"' in content
 
     run(scenario())
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_shutdown_answers_what_waits_in_the_envelope(
+    run: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, is_whole: bool
+) -> None:
+    async def scenario() -> None:
+        worker = FakeWorker(64, 4)
+        worker.alive.clear()
+        async with front_end(tmp_path, worker=worker) as front:
+            async with connection_to_one_that_shuts_down(front, is_whole) as (reader, _):
+                status, headers, content = await answer_of(reader)
+            assert (status, headers["connection"]) == (503, "close")
+            assert b'"error_type":"unavailable"' in content
+            assert headers["x-request-id"] == "cut"
+            assert int(headers["retry-after"]) >= 1
+            await until(lambda: front.server.num_open == 0)
+
+    run(scenario())
+    assert "Traceback" not in caplog.text
+
+
+@contextlib.asynccontextmanager
+async def connection_to_one_that_shuts_down(
+    front: FrontEnd, is_whole: bool
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A body is half there, or its request waits, when the server gives up."""
+    body = b'{"inputs": "the cat"}'
+    async with contextlib.AsyncExitStack() as stack:
+        async with socket_of(front.app) as port:
+            ends = await stack.enter_async_context(connection(port))
+            sent = body if is_whole else body[:9]
+            ends[1].write(post("/generate", sent, "x-request-id: cut", length=len(body)))
+            await front.asked.wait()
+            await until(lambda: front.server.num_open == is_whole)
+        yield ends
 
 
 def test_a_connection_serves_one_request_after_another(run: Any, tmp_path: pathlib.Path) -> None:

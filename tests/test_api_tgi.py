@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llm_serving.api.app import ApiSettings
 from llm_serving.api.sse import encode_event
 from llm_serving.api.tgi_answer import Token
-from llm_serving.errors import AgentDied
+from llm_serving.errors import AgentDied, Unavailable
 from llm_serving.generation import FinishReason
 from llm_serving.master.scheduler import Limits
+from llm_serving.server.llm_server import GenerationRequest
+from llm_serving.step_arrays import StepInputs, StepResult
 from llm_serving.testing import FakeWorker
 from tests.front_end import (
     AlternativesWorker,
@@ -140,6 +145,17 @@ async def test_alternatives_come_with_every_token(tmp_path: pathlib.Path) -> Non
         assert [entry["logprob"] for entry in top] == [-0.5, -1.5]
 
 
+@pytest.mark.parametrize("path", ["/generate", "/"])
+async def test_alternatives_that_nobody_would_see_are_refused(front: FrontEnd, path: str) -> None:
+    answer = await front.post(path, PROMPT, top_n_tokens=2)
+    assert answer.status_code == 422
+    assert "parameters.top_n_tokens: 2 came; it needs details or stream" in answer.json()["error"]
+    for given in ({"top_n_tokens": 0}, {"top_n_tokens": None}):
+        assert (await front.post(path, PROMPT, max_new_tokens=1, **given)).status_code == 200
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": 1, "top_n_tokens": 2}}
+    assert (await front.post(path, {**body, "stream": True})).status_code == 200
+
+
 async def test_the_eos_token_is_listed_counted_and_without_text(tmp_path: pathlib.Path) -> None:
     async with front_end(tmp_path) as front:
         ids = [
@@ -239,6 +255,33 @@ async def test_a_deadline_after_the_first_token_is_the_text_so_far(
     assert "".join(token["text"] for token in tokens) == answer["generated_text"]
 
 
+async def test_a_deadline_counts_from_the_head_of_the_request(
+    front: FrontEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    async def open_(request: GenerationRequest) -> None:
+        asked.append(request)
+        raise Unavailable("it is enough")
+
+    monkeypatch.setattr(front.server, "open", open_)
+    body = json.dumps({"inputs": PROMPT, "parameters": {"timeout": 5}}).encode()
+    now_s, has_begun, go_on = time.monotonic(), asyncio.Event(), asyncio.Event()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield body[:9]
+        has_begun.set()
+        await go_on.wait()
+        yield body[9:]
+
+    answering = asyncio.create_task(front.client.post("/generate", content=pieces()))
+    await has_begun.wait()
+    middle_s = time.monotonic()
+    go_on.set()
+    await answering
+    assert now_s < asked[0].arrived_s < middle_s < asked[0].received_s < asked[0].validated_s
+
+
 async def test_a_timeout_above_the_limit_of_the_server_is_refused(front: FrontEnd) -> None:
     answer = await front.post("/generate", PROMPT, timeout=601)
     assert (answer.status_code, "up to 600" in answer.text) == (422, True)
@@ -326,6 +369,25 @@ async def test_an_agent_that_comes_back_is_not_the_clients_concern(tmp_path: pat
         await worker.missed.wait()
         worker.restart()
         assert await asked == wanted
+
+
+class NanWorker(FakeWorker):
+    """Computes no number that could be sampled from."""
+
+    def _outcome(self, inputs: StepInputs, fault: Exception | str | None) -> StepResult | Exception:
+        outcome = super()._outcome(inputs, fault)
+        assert isinstance(outcome, StepResult)
+        return replace(outcome, finite=np.zeros_like(outcome.finite))
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_a_request_that_would_fail_again_is_not_asked_back(
+    tmp_path: pathlib.Path, path: str
+) -> None:
+    async with front_end(tmp_path, worker=NanWorker(64, 4)) as front:
+        answer = await front.post(path, PROMPT)
+    assert (answer.status_code, answer.json()["error_type"]) == (500, "request_failed")
+    assert "retry-after" not in answer.headers
 
 
 async def test_a_bug_is_500_without_its_words(

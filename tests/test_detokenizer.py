@@ -48,7 +48,6 @@ EMPTYING = sentencepiece(  # "b" becomes an empty piece
         ]
     )
 )
-STRIPPING_THE_END = sentencepiece(decoders.Sequence([*LLAMA_STEPS, decoders.Strip(" ", 0, 1)]))
 UNKNOWN = [
     sentencepiece(None),
     sentencepiece(decoders.Metaspace()),
@@ -258,13 +257,6 @@ def test_an_unknown_decoder_gives_all_its_text_at_the_end(tokenizer: LibraryToke
     *before, last = pieces_of(tokenizer, ids, ids)
     assert before == [""] * 4
     assert last == decoded_text(tokenizer, ids, ids) != ""
-
-
-def test_a_tokenizer_says_whether_its_text_can_stream(tmp_path: pathlib.Path) -> None:
-    unknown = [*UNKNOWN, STRIPPING_THE_END]
-    for i, tokenizer in enumerate([*KNOWN, *unknown]):
-        tokenizer.save(str(tmp_path / f"{i}.json"))
-        assert Tokenizer(tmp_path / f"{i}.json").decodes_at_end_only == (tokenizer in unknown)
 
 
 def test_a_long_prompt_costs_no_more_than_its_end(byte_bpe: LibraryTokenizer) -> None:

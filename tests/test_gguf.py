@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
+import struct
 from typing import Any
 
 import msgspec
@@ -21,15 +23,31 @@ from llm_serving.prepare.dtypes import cast
 from llm_serving.prepare.gguf_file import GgufFile
 from llm_serving.prepare.gguf_model import main_type, read_gguf_model
 from llm_serving.prepare.gguf_rope import llama3_divisors
+from llm_serving.prepare.gguf_tokenizer import bos_and_eos_ids, build_gguf_tokenizer
 from llm_serving.prepare.gguf_weights import convert_weights, gguf_name
 from llm_serving.prepare.progress import Quiet
-from tests.tiny_gguf import CONFIG, Array, from_hf, metadata, random_tensors, stored, write_gguf
+from tests.tiny_gguf import (
+    CONFIG,
+    TOKENS,
+    Array,
+    from_hf,
+    metadata,
+    random_tensors,
+    stored,
+    write_gguf,
+)
 
 torch.set_num_threads(1)
 TORCH: dict[Dtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+}
+
+SENTENCEPIECE: dict[str, Any] = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.scores": [-float(index) for index in range(len(TOKENS))],
+    "tokenizer.ggml.add_bos_token": True,
 }
 
 
@@ -290,15 +308,134 @@ def test_a_file_of_another_kind_is_refused(tmp_path: pathlib.Path) -> None:
         GgufFile(path)
 
 
-def test_any_damage_to_the_header_is_an_error_or_harmless(tmp_path: pathlib.Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", from_hf(random_tensors()))
+# ---- damaged headers ----
+
+TINY = msgspec.structs.replace(
+    CONFIG,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+ARRAY, UINT8, FLOAT32 = 9, 0, 0  # the last: a tensor type
+
+
+def counted(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def header(keys: list[bytes], tensors: list[bytes]) -> bytes:
+    counts = struct.pack("<IQQ", 3, len(tensors), len(keys))
+    return b"GGUF" + counts + b"".join(keys) + b"".join(tensors)
+
+
+def tensor_header(name: str, *dims: int) -> bytes:
+    sizes = struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+    return counted(name) + sizes + struct.pack("<IQ", FLOAT32, 0)
+
+
+def nested(key: str, depth: int) -> bytes:
+    """`key`, an array of one array of one array ... of no bytes."""
+    inner = struct.pack("<IQ", ARRAY, 1) * (depth - 1) + struct.pack("<IQ", UINT8, 0)
+    return counted(key) + struct.pack("<I", ARRAY) + inner
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (header([], [tensor_header("a.weight", 4)] * 2), "two tensors a.weight"),
+        (header([], [tensor_header("a.weight", 0)]), r"a.weight \[0\] has a dimension of 0"),
+        (header([], [tensor_header("a.weight", 4, 0)]), r"a.weight \[4, 0\] has a dimension of 0"),
+        (header([], [tensor_header("a.weight", *[1 << 63] * 300)]), "a.weight has 300 dimensions"),
+        (header([nested("a.key", 9)], []), "key a.key is arrays in arrays, over 8 deep"),
+        (header([nested("a.key", 100_000)], []), "key a.key is arrays in arrays, over 8 deep"),
+        (header([counted("a.key") + struct.pack("<I", 99)], []), "a.key has the unknown type 99"),
+        (
+            header([counted("a.key") + struct.pack("<IIQ", ARRAY, 99, 8)], []),
+            "a.key has the unknown type 99",
+        ),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused_by_the_name_in_it(
+    tmp_path: pathlib.Path, content: bytes, complaint: str
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(content + bytes(64))
+    with pytest.raises(ConfigError, match=complaint):
+        GgufFile(path)
+
+
+def test_arrays_of_arrays_are_read(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(header([nested("a.key", 3)], []))
+    assert GgufFile(path).metadata == {"a.key": [[[]]]}
+
+
+@pytest.mark.parametrize("value", [1 << 20, (1 << 32) - 1])
+def test_more_layers_than_tensors_are_refused_before_they_are_counted(
+    tmp_path: pathlib.Path, value: int
+) -> None:
+    meta = metadata() | {"llama.block_count": value}
+    path = write_gguf(tmp_path / "m.gguf", from_hf(random_tensors()), meta)
+    with pytest.raises(ConfigError, match=f"block_count = {value} is not supported"):
+        config_of(path)
+
+
+@pytest.mark.parametrize("layout", [metadata(TINY), metadata(TINY) | SENTENCEPIECE])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_to_the_header_is_an_error_or_harmless(
+    tmp_path: pathlib.Path, layout: dict[str, Any], seed: int
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", from_hf(random_tensors(TINY), TINY), layout)
     whole = path.read_bytes()
-    random = np.random.default_rng(0)
-    for at in random.integers(0, 9000, 60):
+    names = [name.encode() for name in [*layout, *GgufFile(path).tensors]]
+    random = np.random.default_rng(seed)
+    for _ in range(150):
         damaged = bytearray(whole)
-        damaged[at] ^= 1 << int(random.integers(8))
+        name = names[random.integers(len(names))]
+        at = whole.index(struct.pack("<Q", len(name)) + name) + 8
+        at += int(random.choice([-8, 0, len(name), len(name) + random.integers(40)]))
+        width = int(random.choice([1, 4, 8]))
+        value = int(random.choice([0, 1, 4, 6, 8, 9, 10, 12, 255, 1 << 31, 1 << 62]))
+        damaged[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")
         path.write_bytes(damaged)
         try:
-            convert(path)
+            prepare_all(GgufFile(path))
         except ConfigError:
             continue
+
+
+ODD: list[Any] = ["text", "", 1.5, math.nan, math.inf, True, 0, (1 << 32) - 1]
+ODD += [[7], ["text"], [1.5], [7] * 300, ["text"] * 300, [1.5] * 300]
+OPTIONAL = ["split.count", "general.alignment", "general.architecture", "tokenizer.chat_template"]
+OPTIONAL += ["tokenizer.ggml.add_eos_token", "tokenizer.ggml.add_space_prefix"]
+OPTIONAL += ["tokenizer.ggml.eot_token_id", "llama.rope.scaling.type", "llama.rope.scaling.factor"]
+OPTIONAL += ["llama.rope.scaling.attn_factor", "llama.attention.sliding_window", "llama.vocab_size"]
+
+
+@pytest.mark.parametrize("layout", [metadata(TINY), metadata(TINY) | SENTENCEPIECE])
+@pytest.mark.parametrize("value", ODD, ids=lambda value: f"{value!r:.12}")
+def test_any_odd_value_of_a_key_is_an_error_or_harmless(
+    tmp_path: pathlib.Path, layout: dict[str, Any], value: Any
+) -> None:
+    tensors = from_hf(random_tensors(TINY), TINY)
+    path = write_gguf(tmp_path / "m.gguf", tensors, layout)
+    for key in [*layout, *OPTIONAL]:
+        file = GgufFile(path)
+        file.metadata[key] = value
+        try:
+            prepare_all(file)
+        except ConfigError:
+            continue
+
+
+def prepare_all(file: GgufFile) -> None:
+    """Everything that preparation asks a file for."""
+    architecture, config = read_gguf_model(file)
+    main_type(file)
+    bos_and_eos_ids(file)
+    build_gguf_tokenizer(file)
+    out = file.path.with_suffix(".safetensors")
+    convert_weights(file, architecture, config, "float32", out, Quiet())

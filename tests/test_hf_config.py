@@ -12,6 +12,7 @@ import transformers
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig, RopeScaling
 from llm_serving.prepare.hf_config import read_architecture, read_model_config
+from llm_serving.prepare.hf_fields import unknown_fields
 from llm_serving.prepare.json_file import Fields
 
 MINIMAL: dict[str, Any] = {
@@ -88,6 +89,7 @@ def test_a_file_without_architectures_is_known_by_its_model_type() -> None:
     assert read_architecture(Fields(values, "config.json")) == "Qwen2ForCausalLM"
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -108,6 +110,8 @@ LLAMA3 = {
             RopeScaling("yarn", 4.0, 512),
         ),
         ({"rope_type": "yarn", "factor": 4.0}, RopeScaling("yarn", 4.0, 2048)),
+        (YARN | {"mscale": 0, "mscale_all_dim": 0.0}, RopeScaling("yarn", 4.0, 2048)),
+        (YARN | {"beta_fast": 0, "beta_slow": 0}, RopeScaling("yarn", 4.0, 2048)),
         (
             {
                 "rope_type": "yarn",
@@ -165,6 +169,23 @@ def test_an_original_length_beside_the_scaling_wins() -> None:
         ("use_sliding_window", True, "use_sliding_window = True is not supported"),
         ("num_local_experts", 8, "num_local_experts = 8 is not supported"),
         ("auto_map", {"AutoModelForCausalLM": "x.Y"}, "auto_map = .* is not supported"),
+        ("attn_logit_softcapping", 50.0, "attn_logit_softcapping = 50.0 is not supported"),
+        ("final_logit_softcap", 30, "final_logit_softcap = 30 is not supported"),
+        ("logit_scale", 3, "logit_scale = 3 is not supported, 1 is"),
+        ("embedding_multiplier", 12, "embedding_multiplier = 12 is not supported, 1 is"),
+        ("residual_multiplier", 0.22, "residual_multiplier = 0.22 is not supported"),
+        ("attention_multiplier", 1, "attention_multiplier = 1 is not supported, leaving it out is"),
+        ("query_pre_attn_scalar", 256, "query_pre_attn_scalar = 256 is not supported"),
+        ("clip_qkv", 8, "clip_qkv = 8 is not supported"),
+        ("use_qk_norm", True, "use_qk_norm = True is not supported, False is"),
+        ("qk_layernorm", True, "qk_layernorm = True is not supported"),
+        ("no_rope_layers", [1, 1, 1, 0], "no_rope_layers = .* is not supported"),
+        ("attention_chunk_size", 8192, "attention_chunk_size = 8192 is not supported"),
+        ("hidden_activation", "gelu_pytorch_tanh", "hidden_activation = 'gelu_pytorch_tanh'"),
+        ("use_sandwich_norm", True, "use_sandwich_norm = True is not supported"),
+        ("scale_emb", 12, "scale_emb = 12 is not supported"),
+        ("scale_depth", 1.4, "scale_depth = 1.4 is not supported"),
+        ("rope_scaling", YARN | {"mscale": -1}, "mscale = -1 is not supported, a number > 0"),
         ("partial_rotary_factor", 0.5, "partial_rotary_factor = 0.5 is not supported"),
         ("layer_types", ["full_attention", "sliding_attention"], "layer_types = .*sliding"),
         ("rope_scaling", {"rope_type": "longrope"}, "rope_type = 'longrope' is not supported"),
@@ -201,5 +222,25 @@ def test_inert_values_of_those_fields_are_accepted() -> None:
         "partial_rotary_factor": 1.0,
         "layer_types": ["full_attention", "full_attention"],
         "rope_scaling": {"rope_type": "default", "rope_theta": 10000.0},
+        "logit_scale": 1.0,
+        "final_logit_softcapping": None,
+        "residual_multiplier": 1.0,
+        "no_rope_layers": [],
+        "use_qk_norm": False,
     }
     assert read(MINIMAL | inert) == read(MINIMAL)
+    qwen3 = MINIMAL | {"architectures": ["Qwen3ForCausalLM"], "num_key_value_heads": 2}
+    assert read(qwen3 | {"use_qk_norm": True}) == read(qwen3)
+    with pytest.raises(ConfigError, match="use_qk_norm = False is not supported, True is"):
+        read(qwen3 | {"use_qk_norm": False})
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_field_of_the_reference_is_known(architecture: str) -> None:
+    hf = FAMILIES[architecture](rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    assert unknown_fields(Fields(hf.to_dict(), "config.json")) == []
+
+
+def test_a_field_that_nobody_knows_is_told_and_one_that_is_refused_is_not() -> None:
+    values = MINIMAL | {"frobnication": 3, "logit_scale": 1, "top_k": 50, "zeal": None}
+    assert unknown_fields(Fields(values, "config.json")) == ["frobnication", "zeal"]

@@ -40,6 +40,14 @@ from tests.deployment import SCRIPTED, START_S, Deployment, Events, lives, segme
 MASTER = pathlib.Path(__file__).with_name("scripted_master.py")
 COMMANDS: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)
 MASTER_IS_GONE_WITHIN_S = 5.0
+# Never says a word to its master, but ends with it, as an agent does: by the pipe of its key.
+SILENT = """
+import os, sys
+print("here", flush=True)
+key_fd = int(sys.argv[sys.argv.index("--key-fd") + 1])
+while os.read(key_fd, 64):
+    pass
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +132,7 @@ async def test_an_agent_that_never_gets_ready_is_not_waited_for_for_ever() -> No
 
 
 async def test_a_start_that_fails_ends_its_processes_at_once(events: Events) -> None:
-    silent = [sys.executable, "-c", "import time; time.sleep(3600)", "scripted_agent"]
+    silent = [sys.executable, "-c", SILENT, "scripted_agent"]
     launcher = Launcher(silent, AgentConfig(start_timeout_s=0.2), num_ranks=2, on_event=events)
     with pytest.raises(AgentTimeout):
         await launcher.start()
@@ -176,8 +184,7 @@ async def test_an_agent_shows_what_it_is_and_nothing_secret() -> None:
 
 
 async def test_only_the_processes_that_were_started_are_let_in(events: Events) -> None:
-    silent = [sys.executable, "-c", "import time; print('here', flush=True); time.sleep(3600)"]
-    launcher = Launcher(silent, AgentConfig(), on_event=events)
+    launcher = Launcher([sys.executable, "-c", SILENT], AgentConfig(), on_event=events)
     starting = asyncio.create_task(launcher.start())
     await events.has("here")
     address = parse_address(launcher.address)

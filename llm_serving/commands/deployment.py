@@ -12,22 +12,21 @@ import asyncio
 import contextlib
 import logging
 import pathlib
-import signal
 import socket
-from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
 import msgspec
-import uvicorn
 import uvloop
 
 from llm_serving.api.app import ApiSettings, create_app
+from llm_serving.commands.http_server import LAST_EVENTS_S, HttpServer
 from llm_serving.commands.model_source import context_length, prepared_card
 from llm_serving.commands.ports import listen_on
 from llm_serving.commands.program import program
 from llm_serving.commands.server_record import ServerRecord
 from llm_serving.commands.start_report import StartReport
+from llm_serving.commands.stopping import stop_event, unless
 from llm_serving.commands.unwinding import unwind_on_sigterm
 from llm_serving.config import ServingConfig
 from llm_serving.errors import ServingError
@@ -46,8 +45,6 @@ __all__ = ["serve_until_stopped"]
 
 logger = logging.getLogger(__name__)
 
-_LAST_EVENTS_S = 5.0  # for clients to take what ends their streams
-
 
 def serve_until_stopped(config: ServingConfig) -> int:
     """Serve until SIGTERM or Ctrl-C (exit code 0), or until it cannot go on (1)."""
@@ -57,38 +54,23 @@ def serve_until_stopped(config: ServingConfig) -> int:
             listener.getsockname()[1], config.server.host, config.server.shutdown_grace_s
         )
         try:
-            with unwind_on_sigterm():
-                card = prepared_card(config.model, report)
+            try:
+                with unwind_on_sigterm():
+                    card = prepared_card(config.model, report)
+            except (SystemExit, KeyboardInterrupt):
+                return 0
             house = Deployment(config, card, listener, report)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(house.run())
-        except (SystemExit, KeyboardInterrupt):  # before the event loop took the signals over
-            return 0
         finally:
             record.release()
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: it re-raises SIGTERM, so the exit code would be -15."""
-
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.listens = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listens.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass(frozen=True)
 class _FrontEnd:
     master: AsyncMaster
     server: LLMServer
-    http: _HttpServer
+    http: HttpServer
 
 
 class Deployment:
@@ -107,11 +89,11 @@ class Deployment:
 
     async def run(self) -> int:
         """Start, serve, stop; the exit code."""
-        stop = _stop_event()
+        stop = stop_event()
         launcher = self._launcher()
         worker = self._worker(launcher)
         try:
-            if not await _unless(stop, worker.start()):
+            if not await unless(stop, worker.start()):
                 return 0
             ready = await worker.ready()
             if self._config.kv_cache.num_blocks is None:
@@ -125,17 +107,21 @@ class Deployment:
         running = asyncio.create_task(front.master.run())
         serving = asyncio.create_task(front.http.serve([self._listener]))
         stopping = asyncio.create_task(stop.wait())
+        listening = asyncio.create_task(front.http.listens.wait())
+        ends = {running, serving, stopping}
         try:
-            if await _unless(stop, front.http.listens.wait()):
+            await asyncio.wait({*ends, listening}, return_when=asyncio.FIRST_COMPLETED)
+            if listening.done():
                 self._report.ready(self._url(), self._config.model.names)
-            await asyncio.wait({running, serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():
                 await self._drain(front.server, stop)
         finally:
             stopping.cancel()
+            listening.cancel()
             front.server.abort_all()
             front.http.should_exit = True
-            await asyncio.wait({serving}, timeout=2 * _LAST_EVENTS_S)
+            await asyncio.wait({serving}, timeout=2 * LAST_EVENTS_S)
             running.cancel()
             await asyncio.wait({running, serving})
         return _exit_code(running, serving)
@@ -151,7 +137,7 @@ class Deployment:
         stop.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.server.shutdown_grace_s):
-                await _unless(stop, server.drained())
+                await unless(stop, server.drained())
 
     def _launcher(self) -> Launcher:
         config = self._config
@@ -213,19 +199,7 @@ class Deployment:
             metrics=metrics,
             version=version("llm-serving"),
         )
-        settings = uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=65,  # longer than what a load balancer usually keeps
-            timeout_graceful_shutdown=int(_LAST_EVENTS_S),
-        )
-        return _FrontEnd(master, server, _HttpServer(settings))
+        return _FrontEnd(master, server, HttpServer(app))
 
     def _server_limits(self, ready: Ready) -> ServerLimits:
         return ServerLimits(
@@ -259,29 +233,6 @@ class Deployment:
             "version": version("llm-serving"),
             "task": 1,
         }
-
-
-def _stop_event() -> asyncio.Event:
-    """Set by SIGTERM and Ctrl-C."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
-
-
-async def _unless(stop: asyncio.Event, work: Coroutine[object, object, object]) -> bool:
-    """Do the work, and whether it was done before `stop` was set.  Raises what it raises."""
-    working, stopping = asyncio.ensure_future(work), asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            working.result()
-            return True
-        return False
-    finally:
-        for task in (working, stopping):
-            task.cancel()
-        await asyncio.gather(working, stopping, return_exceptions=True)
 
 
 def _exit_code(*tasks: asyncio.Task[None]) -> int:

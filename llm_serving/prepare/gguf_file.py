@@ -31,6 +31,8 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 _SCALARS |= {12: "d"}
 _STRING, _ARRAY = 8, 9
+_MAX_DIMS = 4  # of ggml
+_MAX_NESTING = 8  # of arrays; far beyond what any converter writes
 
 
 class GgufTensor(msgspec.Struct, frozen=True):
@@ -77,8 +79,9 @@ class GgufFile:
         num_tensors, num_keys = self._scalar("Q"), self._scalar("Q")
         for _ in range(num_keys):
             key = self._string()
-            self.metadata[key] = self._value(self._scalar("I"))
-        headers = [self._tensor_header() for _ in range(num_tensors)]
+            self.metadata[key] = self._value(key, self._scalar("I"))
+        seen: set[str] = set()
+        headers = [self._tensor_header(seen) for _ in range(num_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
             raise ConfigError(f"{self.path}: general.alignment = {alignment!r} is not supported")
@@ -86,12 +89,20 @@ class GgufFile:
         for name, shape, kind, offset in headers:
             self.tensors[name] = self._tensor(name, shape, kind, start + offset)
 
-    def _tensor_header(self) -> tuple[str, tuple[int, ...], int, int]:
+    def _tensor_header(self, seen: set[str]) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()
-        if name in self.tensors:
+        if name in seen:
             raise ConfigError(f"{self.path} has two tensors {name}")
-        dims = [self._scalar("Q") for _ in range(self._scalar("I"))]
-        return name, tuple(reversed(dims)), self._scalar("I"), self._scalar("Q")
+        seen.add(name)
+        num_dims = self._scalar("I")
+        if num_dims > _MAX_DIMS:
+            raise ConfigError(
+                f"{self.path}: tensor {name} has {num_dims} dimensions, {_MAX_DIMS} are the most"
+            )
+        dims = tuple(self._scalar("Q") for _ in range(num_dims))
+        if 0 in dims:
+            raise ConfigError(f"{self.path}: tensor {name} {list(dims)} has a dimension of 0")
+        return name, dims[::-1], self._scalar("I"), self._scalar("Q")
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
         known = {int(each) for each in GGMLQuantizationType}
@@ -125,19 +136,19 @@ class GgufFile:
             raise IndexError(self._at)
         return str(self._view[start : self._at], "utf-8")
 
-    def _value(self, kind: int) -> Any:
+    def _value(self, key: str, kind: int, depth: int = 0) -> Any:
         if kind in _SCALARS:
             return self._scalar(_SCALARS[kind])
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            raise IndexError(kind)
+            raise ConfigError(f"{self.path}: key {key} has the unknown type {kind}")
+        if depth == _MAX_NESTING:
+            raise ConfigError(f"{self.path}: key {key} is arrays in arrays, over {depth} deep")
         inner, count = self._scalar("I"), self._scalar("Q")
-        if inner == _STRING:
-            return [self._string() for _ in range(count)]
-        if inner == _ARRAY:
-            return [self._value(_ARRAY) for _ in range(count)]
-        code = f"<{count}{_SCALARS.get(inner, 'x')}"
+        if inner not in _SCALARS:
+            return [self._value(key, inner, depth + 1) for _ in range(count)]
+        code = f"<{count}{_SCALARS[inner]}"
         values = struct.unpack_from(code, self._view, self._at)
         self._at += struct.calcsize(code)
         return list(values)

@@ -49,11 +49,11 @@ def read_gguf_model(file: GgufFile) -> tuple[str, ModelConfig]:
     """(architecture, hyperparameters).  ConfigError names what is missing or not supported."""
     general = Fields(file.metadata, str(file.path))
     arch = file.metadata.get("general.architecture")
-    if arch not in _ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in _ARCHITECTURES:
         raise general.unsupported("general.architecture", " or ".join(_ARCHITECTURES))
-    if file.metadata.get("split.count", 1) > 1:
+    if (general.optional_integer("split.count") or 1) > 1:
         raise general.unsupported("split.count", "one file (join them with gguf-split --merge)")
-    meta = _own_keys(file, str(arch))
+    meta = _own_keys(file, arch)
     return _ARCHITECTURES[arch], _read_config(file, meta)
 
 
@@ -87,6 +87,9 @@ def _read_config(file: GgufFile, meta: Fields) -> ModelConfig:
     if embeddings is None:
         raise ConfigError(f"{file.path} has no tensor token_embd.weight")
     hidden, heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
+    num_layers = meta.integer("block_count")
+    if num_layers > len(file.tensors):  # before anybody lists the tensors that they would have
+        raise meta.unsupported("block_count", f"at most {len(file.tensors)} (the tensors)")
     head_dim = meta.integer("attention.key_length", hidden // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         if meta.integer(key, head_dim) != head_dim:
@@ -97,7 +100,7 @@ def _read_config(file: GgufFile, meta: Fields) -> ModelConfig:
         vocab_size=embeddings.shape[0],
         hidden_size=hidden,
         intermediate_size=meta.integer("feed_forward_length"),
-        num_hidden_layers=meta.integer("block_count"),
+        num_hidden_layers=num_layers,
         num_attention_heads=heads,
         num_key_value_heads=meta.integer("attention.head_count_kv", heads),
         head_dim=head_dim,

@@ -37,7 +37,7 @@ def build_gguf_tokenizer(file: GgufFile) -> Tokenizer:
     if kind == "gpt2":
         tokenizer, adds_bos = _byte_level(meta, tokens)
     elif kind == "llama":
-        scores = _array(meta, "scores", len(tokens))
+        scores = _per_token(meta, "scores", float, len(tokens))
         prefix = meta.flag("add_space_prefix", True)
         tokenizer, adds_bos = sentencepiece_bpe(tokens, scores, types, add_prefix=prefix), True
     else:
@@ -78,7 +78,7 @@ def _vocabulary(meta: Fields) -> tuple[list[str], list[int]]:
         raise ConfigError(f"{meta.where}: the token {twice!r} is there twice")
     if "token_type" not in meta.values:
         return tokens, [NORMAL] * len(tokens)
-    types = _array(meta, "token_type", len(tokens))
+    types = _per_token(meta, "token_type", int, len(tokens))
     # A name in place of an empty token must not be found in a text
     types = [kind if token else UNUSED for kind, token in zip(types, given, strict=True)]
     return tokens, [kind if NORMAL <= kind <= BYTE else NORMAL for kind in types]
@@ -88,7 +88,7 @@ def _byte_level(meta: Fields, tokens: list[str]) -> tuple[Tokenizer, bool]:
     """(tokenizer, does its pre-tokenizer's family add BOS)"""
     pre = find_pre_tokenizer(str(meta.values.get("pre", "default")))
     merges: list[tuple[str, str]] = []
-    for merge in meta.values.get("merges") or []:
+    for merge in _array(meta, "merges", str):
         left, _, right = merge[1:].partition(" ")  # the first character may be a space itself
         merges.append((merge[:1] + left, right))
     if not merges:
@@ -98,11 +98,19 @@ def _byte_level(meta: Fields, tokens: list[str]) -> tuple[Tokenizer, bool]:
     return tokenizer, pre.add_bos
 
 
-def _array(meta: Fields, key: str, length: int) -> list[Any]:
-    values = meta.values.get(key)
-    if not isinstance(values, list) or len(values) < length:
-        raise ConfigError(f"{meta.where} has no {key} for each of its {length} tokens")
-    return values[:length]
+def _array(meta: Fields, key: str, kind: type) -> list[Any]:
+    """The values of `key`, of `kind` each; none if there is no such key."""
+    values = meta.values.get(key, [])
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise meta.unsupported(key, f"an array of {kind.__name__}")
+    return values
+
+
+def _per_token(meta: Fields, key: str, kind: type, num_tokens: int) -> list[Any]:
+    values = _array(meta, key, kind)
+    if len(values) < num_tokens:
+        raise ConfigError(f"{meta.where} has no {key} for each of its {num_tokens} tokens")
+    return values[:num_tokens]
 
 
 def _token(meta: Fields, key: str, tokens: list[str]) -> str:

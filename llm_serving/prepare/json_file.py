@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -50,13 +51,14 @@ class Fields:
         return value
 
     def number(self, name: str, default: float | None) -> float:
-        """A number > 0.  Missing or null: `default`; ConfigError if there is none."""
+        """A finite number > 0.  Missing or null: `default`; ConfigError if there is none."""
         value = self.values.get(name)
         if value is None:
             value = default
         if value is None:
             raise ConfigError(f"{self.where} has no {name}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not 0 < value < math.inf:
             raise self.unsupported(name, "a number > 0")
         return float(value)
 

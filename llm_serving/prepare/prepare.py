@@ -90,6 +90,7 @@ def _prepare_gguf(
     tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
     progress.phase(f"convert the weights from {kind} to {target}")
     convert_weights(file, architecture, config, target, partial / "model.safetensors", progress)
+    template = file.metadata.get("tokenizer.chat_template")
     progress.phase("fingerprint the file")
     with source.path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
@@ -106,7 +107,7 @@ def _prepare_gguf(
         digest=digest,
         bos_token_id=bos,
         eos_token_ids=eos,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=template if isinstance(template, str) else None,
     )
 
 
