@@ -61,9 +61,9 @@ class BareLoop:
         self._run(0, PROMPT)
 
     def ms_per_token(self) -> float:
-        """Mean over the steps of one answer; building them is not counted."""
+        """Mean over the second half of an answer; building the steps is not counted."""
         spent_s = [self._run(at, 1) for at in range(PROMPT, PROMPT + OUTPUT - 1)]
-        return statistics.mean(spent_s) * 1000
+        return statistics.mean(spent_s[OUTPUT // 2 :]) * 1000
 
     def _run(self, start: int, num_tokens: int) -> float:
         self._step_id += 1
@@ -89,7 +89,10 @@ class Server:
         sys.exit("the server did not start")
 
     def ms_per_token(self, num_streams: int) -> float:
-        """Mean gap between two events of one answer; of several streams side by side, the mean."""
+        """Mean gap between two events in the second half of an answer, over all streams.
+
+        In the first half of several streams the prompts of the others are still computed.
+        """
         with ThreadPoolExecutor(num_streams) as pool:
             return statistics.mean(pool.map(self._stream, range(num_streams)))
 
@@ -107,7 +110,8 @@ class Server:
             time.perf_counter() for line in connection.getresponse() if line.startswith(b"data:")
         ]
         connection.close()
-        return (times[-1] - times[0]) / (len(times) - 1) * 1000
+        half = times[OUTPUT // 2 :]
+        return (half[-1] - half[0]) / (len(half) - 1) * 1000
 
 
 def main() -> None:

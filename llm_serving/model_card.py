@@ -10,9 +10,12 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["CARD_VERSION", "Dtype", "ModelCard", "ModelConfig", "RopeScaling"]
+__all__ = ["CARD_VERSION", "DERIVED_TENSORS", "Dtype", "ModelCard", "ModelConfig", "RopeScaling"]
 
 CARD_VERSION = 1  # raised when what is cached changes its meaning
+
+# How the names of tensors end that old checkpoints carry though they follow from the configuration
+DERIVED_TENSORS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 

@@ -66,7 +66,7 @@ likely = st.fixed_dictionaries(
         "return_full_text": st.booleans(),
         "timeout": st.floats(100, 600),
     },
-)
+).map(lambda given: given | {"details": True} if given.get("top_n_tokens") else given)
 bodies = st.fixed_dictionaries(
     {},
     optional={

@@ -25,6 +25,7 @@ from llm_serving.errors import (
     ServingError,
     Unavailable,
 )
+from llm_serving.server.service_rate import ServiceRate
 from llm_serving.testing import FakeWorker
 from tests.front_end import SETTINGS, FrontEnd, RawCall, front_end
 
@@ -186,7 +187,7 @@ def test_retry_after_is_what_was_measured_in_whole_seconds(measured: float, told
 async def test_every_503_says_when_to_come_back_at_the_rate_measured(
     front: FrontEnd, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
-    monkeypatch.setattr(front.server, "retry_after_s", lambda: 16.5)
+    monkeypatch.setattr(ServiceRate, "time_for", lambda *_: 16.5)
     front.server.begin_drain()
     is_post = path.startswith("/generate")
     answer = await (front.post(path, "the cat") if is_post else front.client.get(path))
@@ -259,11 +260,11 @@ class Page(HTMLParser):
         self.text = ""
         self.tags: set[str] = set()
         self.open_tags: list[str] = []
-        self.addresses: set[str | None] = set()
+        self.addresses: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
-        self.addresses |= {value for name, value in attrs if name in ("href", "src")}
+        self.addresses |= {value or "" for name, value in attrs if name in ("href", "src")}
         if tag not in ("meta", "br"):
             self.open_tags.append(tag)
 

@@ -25,17 +25,26 @@ FLAGS = ["do_sample", "return_full_text", "details", "ignore_eos", "watermark"]
 NO_NUMBERS = [True, "", " 1", "1 ", "0x1", "1_0", "nan", "inf", "1,5", "\u0661", [1], {}, "9" * 99]
 
 
+AROUND: dict[str, Any] = {
+    "is_streamed": True,
+    "trace_id": "",
+    "arrived_s": 0.0,
+    "received_s": 0.0,
+    "max_timeout_s": 600.0,
+}
+
+
 def body_of(**parameters: Any) -> GenerateBody:
     return read(GenerateBody, {"inputs": "x", "parameters": parameters})
 
 
 def request_of(**parameters: Any) -> GenerationRequest:
-    return to_request(body_of(**parameters), trace_id="", received_s=0.0, max_timeout_s=600.0)
+    return to_request(body_of(**parameters), **AROUND)
 
 
 def refusal(value: object) -> str:
     with pytest.raises(InvalidRequest) as caught:
-        to_request(read(GenerateBody, value), trace_id="", received_s=0.0, max_timeout_s=600.0)
+        to_request(read(GenerateBody, value), **AROUND)
     return str(caught.value)
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm_serving.errors import ConfigError
-from llm_serving.model_card import ModelCard
+from llm_serving.model_card import DERIVED_TENSORS, ModelCard
 from llm_serving.models.checkpoint import load_weights
 from tests.tiny_models import DTYPES, build_twin, load_model
 
@@ -107,8 +107,9 @@ def test_a_tensor_that_two_files_hold_is_refused(card: ModelCard, tmp_path: path
         load_model(msgspec.structs.replace(card, weights=[*card.weights, str(again)]))
 
 
-def test_buffers_that_follow_from_the_config_are_ignored(card: ModelCard) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+@pytest.mark.parametrize("ending", DERIVED_TENSORS)
+def test_buffers_that_follow_from_the_config_are_ignored(card: ModelCard, ending: str) -> None:
+    name = f"model.layers.0.self_attn{ending}"
     rewrite(card, lambda tensors: tensors.update({name: torch.ones(4)}))
     assert name not in load_model(card).tensors()
 

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer as LibraryTokenizer
 
 from llm_serving.server.decoding import byte_alphabet
 from llm_serving.server.detokenizer import Detokenizer, decoding_of
-from llm_serving.server.tokenizer import Tokenizer
 
 SPACE = "\u2581"
 FAMILY = "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u5317\u4eac \u20ac5 caf\u00e9"

@@ -396,7 +396,7 @@ def test_any_damage_to_the_header_is_an_error_or_harmless(
         damaged = bytearray(whole)
         name = names[random.integers(len(names))]
         at = whole.index(struct.pack("<Q", len(name)) + name) + 8
-        at += int(random.choice([-8, 0, len(name), len(name) + random.integers(40)]))
+        at += int(random.choice([-8, 0, len(name), len(name) + int(random.integers(40))]))
         width = int(random.choice([1, 4, 8]))
         value = int(random.choice([0, 1, 4, 6, 8, 9, 10, 12, 255, 1 << 31, 1 << 62]))
         damaged[at : at + width] = (value % (1 << 8 * width)).to_bytes(width, "little")

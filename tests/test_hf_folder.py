@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from llm_serving.errors import ConfigError
+from llm_serving.model_card import DERIVED_TENSORS
 from llm_serving.prepare.hf_folder import read_hf_folder
 from llm_serving.prepare.hf_tokenizer import build_hf_tokenizer, read_chat_template
 from tests.tiny_tokenizer import tiny_tokenizer_path
@@ -140,9 +141,57 @@ def test_a_checkpoint_that_contradicts_its_configuration_is_refused(
         read_hf_folder(folder)
 
 
-def test_a_head_beside_tied_embeddings_is_ignored(folder: pathlib.Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_a_head_beside_tied_embeddings_has_to_be_their_copy(
+    folder: pathlib.Path, dtype: torch.dtype
+) -> None:
     edit(folder / "config.json", tie_word_embeddings=True)
+    weights = {name: t for path in shards(folder) for name, t in load_file(path).items()}
+    copy = weights["model.embed_tokens.weight"].clamp(-0.5, 0.5).bfloat16()
+    copy = (copy * 256).round() / 256  # so that float16 holds it, too
+    copy[0, 0] = -0.0
+    for path in shards(folder):
+        names = load_file(path)
+        changed = {"model.embed_tokens.weight": copy.abs(), "lm_head.weight": copy.abs().to(dtype)}
+        changed["lm_head.weight"][0, 0] = -0.0  # the same number in other bytes
+        save_file(names | {k: t for k, t in changed.items() if k in names}, path)
     assert read_hf_folder(folder).config.tie_word_embeddings
+    for path in shards(folder):
+        names = load_file(path)
+        if "lm_head.weight" in names:
+            names["lm_head.weight"][-1, -1] += 1
+            save_file(names, path)
+    complaint = r"lm_head.weight differs from model.embed_tokens.weight, .* tie_word_embeddings"
+    with pytest.raises(ConfigError, match=complaint):
+        read_hf_folder(folder)
+
+
+def test_a_head_of_another_shape_beside_tied_embeddings_is_refused(folder: pathlib.Path) -> None:
+    edit(folder / "config.json", tie_word_embeddings=True)
+    for path in shards(folder):
+        names = load_file(path)
+        if "lm_head.weight" in names:
+            save_file(names | {"lm_head.weight": names["lm_head.weight"][1:]}, path)
+    with pytest.raises(ConfigError, match=r"lm_head.weight has shape \[99, 64\]"):
+        read_hf_folder(folder)
+
+
+@pytest.mark.parametrize("ending", DERIVED_TENSORS)
+def test_tensors_that_follow_from_the_configuration_are_ignored(
+    folder: pathlib.Path, ending: str
+) -> None:
+    path = shards(folder)[0]
+    name = f"model.layers.0.self_attn{ending}"
+    save_file(load_file(path) | {name: torch.ones(4)}, path)
+    assert read_hf_folder(folder).weights == shards(folder)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_counted(
+    folder: pathlib.Path,
+) -> None:
+    edit(folder / "config.json", num_hidden_layers=10**12)
+    with pytest.raises(ConfigError, match=r"num_hidden_layers = 1000000000000, but .* tensors"):
+        read_hf_folder(folder)
 
 
 def test_quantised_tensors_are_refused_by_name(folder: pathlib.Path) -> None:

@@ -96,6 +96,24 @@ def test_a_folder_becomes_a_card_and_its_weights_stay(folder: pathlib.Path) -> N
     assert Tokenizer.from_file(card.tokenizer).encode("the").tokens == ["▁", "the"]
 
 
+def test_fields_of_which_nothing_is_known_are_told_by_name(folder: pathlib.Path) -> None:
+    class Listening(Quiet):
+        def __init__(self) -> None:
+            self.sentences: list[str] = []
+
+        def say(self, sentence: str) -> None:
+            self.sentences.append(sentence)
+
+    told = Listening()
+    prepare(str(folder), "float32", told)
+    assert told.sentences == []
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"frobnication": 3, "zeal": 1}))
+    prepare(str(folder), "float32", told)
+    (sentence,) = told.sentences
+    assert "config.json: nothing is known of frobnication, zeal; the model is served" in sentence
+
+
 def test_a_dtype_that_is_asked_for_is_another_preparation(gguf: pathlib.Path) -> None:
     first, second = prepared(gguf), prepared(gguf, "bfloat16")
     assert first.weights != second.weights

@@ -16,8 +16,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from msgspec import structs
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from llm_serving.api.docs_page import DocsPage
 from llm_serving.api.endpoint import Edge, exchange_of
 from llm_serving.api.errors import Problem, problem_of, problem_of_status
 from llm_serving.api.openapi import ApiRoute, Operation, openapi_document
@@ -57,21 +59,25 @@ def create_app(
     version: str,
 ) -> FastAPI:
     """The application that serves `server`; it starts and stops nothing."""
-    app = _Application(settings, version)
+    app = _Application(settings, version, server.retry_after_s)
     routes = [
         *_tgi_routes(server, settings),
         *_token_routes(server, settings),
         *_operation_routes(server, settings, info, metrics),
     ]
-    app.router.routes[:0] = routes  # before the documentation: they are asked for more often
+    app.router.routes[:0] = routes  # before the document: they are asked for more often
+    app.router.routes.append(Route("/docs", DocsPage(app.openapi)))
     return app
 
 
 class _Application(FastAPI):
-    def __init__(self, settings: ApiSettings, version: str) -> None:
+    def __init__(
+        self, settings: ApiSettings, version: str, retry_after_s: Callable[[], float]
+    ) -> None:
         super().__init__(
             title=TITLE,
             version=version,
+            docs_url=None,  # it loads its scripts from the network: see `docs_page`
             redoc_url=None,
             redirect_slashes=False,  # a client that posts does not follow
             exception_handlers={
@@ -81,10 +87,11 @@ class _Application(FastAPI):
             },
         )
         self._settings = settings
+        self._retry_after_s = retry_after_s
 
     def build_middleware_stack(self) -> ASGIApp:
         """Everything else is inside the edge: what an endpoint sends passes nothing on its way."""
-        return Edge(super().build_middleware_stack(), self._settings)
+        return Edge(super().build_middleware_stack(), self._settings, self._retry_after_s)
 
     def openapi(self) -> dict[str, Any]:
         return openapi_document(self.router.routes, self.title, self.version)

@@ -9,15 +9,17 @@ does wrong gets past it without an answer and a line in the log.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm_serving.api.errors import ClientGone
 from llm_serving.api.exchange import Exchange
 from llm_serving.api.settings import ApiSettings
-from llm_serving.errors import ServingError
+from llm_serving.errors import ServingError, Unavailable
 
 __all__ = ["Edge", "Endpoint", "exchange_of"]
 
@@ -27,15 +29,19 @@ _EXCHANGE = "llm_serving.exchange"
 
 
 class Edge:
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+    def __init__(
+        self, app: ASGIApp, settings: ApiSettings, retry_after_s: Callable[[], float]
+    ) -> None:
+        """`retry_after_s` says when it pays to come back, for those that are turned away."""
         self._app = app
         self._settings = settings
+        self._retry_after_s = retry_after_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send, self._settings)
+        exchange = Exchange(scope, receive, send, self._settings, self._retry_after_s)
         scope[_EXCHANGE] = exchange
         await self._app(scope, receive, exchange.send)
 
@@ -70,6 +76,10 @@ class Endpoint(ABC):
             if type(exc).code == ServingError.code:
                 logger.error("request %s failed", exchange.request_id, exc_info=exc)
             await exchange.fail(exc)
+        except asyncio.CancelledError:  # the HTTP server waits no longer, and for nobody
+            if exchange.has_started:
+                raise ClientGone from None
+            await exchange.fail(Unavailable("the server is shutting down"))
         except Exception as exc:
             logger.exception("request %s failed", exchange.request_id)
             await exchange.fail(exc)

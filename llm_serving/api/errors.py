@@ -17,6 +17,7 @@ from llm_serving.errors import (
     InvalidRequest,
     Overloaded,
     RequestAborted,
+    RequestFailed,
     ServingError,
     Unavailable,
 )
@@ -27,8 +28,6 @@ __all__ = [
     "DeadlineExceeded",
     "ErrorBody",
     "MalformedBody",
-    "MethodNotAllowed",
-    "NotFound",
     "Problem",
     "UnknownModel",
     "problem_of",
@@ -44,16 +43,8 @@ class MalformedBody(ServingError):
     code = "validation"
 
 
-class NotFound(ServingError):
-    code = "not_found"
-
-
 class UnknownModel(ServingError):
     code = "model_not_found"
-
-
-class MethodNotAllowed(ServingError):
-    code = "method_not_allowed"
 
 
 class BodyTooLarge(ServingError):
@@ -70,12 +61,11 @@ class ClientGone(Exception):
 
 _STATUS: dict[type[ServingError], int] = {
     MalformedBody: 400,
-    NotFound: 404,
     UnknownModel: 404,
-    MethodNotAllowed: 405,
     BodyTooLarge: 413,
     InvalidRequest: 422,
     Overloaded: 429,
+    RequestFailed: 500,  # it would fail again, so no client should come back with it
     Unavailable: 503,
     AgentError: 503,  # the work was lost, not the request's fault: it may come again
     RequestAborted: 503,  # by us: a client that went away reads no status
@@ -97,25 +87,20 @@ class Problem:
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
-def problem_of(exc: Exception, request_id: str) -> Problem:
+def problem_of(exc: Exception, request_id: str, retry_after_s: float = 1.0) -> Problem:
     """How to answer `exc`; 500 without its words unless the error tree says otherwise."""
-    status = next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), 500)
-    if status == 500 or not isinstance(exc, ServingError):
+    status = next((_STATUS[kind] for kind in type(exc).__mro__ if kind in _STATUS), None)
+    if status is None or not isinstance(exc, ServingError):
         sentence = f"internal error; the log tells more under request id {request_id}"
         return Problem(500, ErrorBody(sentence, ServingError.code))
     body = ErrorBody(_bounded(str(exc) or exc.code), exc.code)
-    return Problem(status, body, [_retry_after(exc)] if status in _COMES_BACK else [])
+    seconds = str(max(1, math.ceil(retry_after_s))).encode()
+    return Problem(status, body, [(b"retry-after", seconds)] if status in _COMES_BACK else [])
 
 
 def problem_of_status(status: int, sentence: str) -> Problem:
     """An answer that the web framework found on its own: no such path, no such method."""
     return Problem(status, ErrorBody(_bounded(sentence), _WORD.get(status, ServingError.code)))
-
-
-def _retry_after(exc: ServingError) -> tuple[bytes, bytes]:
-    """Whole seconds, at least one: as the error measured it, or soon."""
-    seconds = float(getattr(exc, "retry_after_s", None) or 1.0)
-    return b"retry-after", str(max(1, math.ceil(seconds))).encode()
 
 
 def _bounded(sentence: str) -> str:

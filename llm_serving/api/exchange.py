@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
+from llm_serving.api.deadline import finish_within
 from llm_serving.api.errors import BodyTooLarge, ClientGone, DeadlineExceeded, problem_of
 from llm_serving.api.settings import ApiSettings
 from llm_serving.api.sse import encode_event
@@ -29,10 +30,18 @@ Header = tuple[bytes, bytes]
 
 
 class Exchange:
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: ApiSettings) -> None:
+    def __init__(
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        settings: ApiSettings,
+        retry_after_s: Callable[[], float],
+    ) -> None:
         self._receive = receive
         self._send = send
         self._settings = settings
+        self._retry_after_s = retry_after_s
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._is_head = scope["method"] == "HEAD"
         self._is_stream = False
@@ -105,16 +114,16 @@ class Exchange:
     async def write(self, body: bytes, *, is_last: bool) -> None:
         """Send a piece of the answer.  Raises ClientGone if the client has stopped reading."""
         try:
-            async with asyncio.timeout(self._settings.send_timeout_s):
-                await self._send(
-                    {"type": "http.response.body", "body": body, "more_body": not is_last}
-                )
+            await finish_within(
+                self._settings.send_timeout_s,
+                self._send({"type": "http.response.body", "body": body, "more_body": not is_last}),
+            )
         except TimeoutError:
             raise ClientGone from None
 
     async def fail(self, exc: Exception) -> None:
         """Answer with an error: its own status, or the last event of a stream under way."""
-        problem = problem_of(exc, self.request_id)
+        problem = problem_of(exc, self.request_id, self._retry_after_s())
         if not self.has_started:
             body = msgspec.json.encode(problem.body)
             # what is left of a body must not be taken for the next request

@@ -71,7 +71,9 @@ class Parameters(BaseModel):
     details: Flag | None = Field(None, description="true or false")
     decoder_input_details: Flag | None = Field(None, description="false; true is not supported yet")
     top_n_tokens: Annotated[Integer, Field(ge=0, le=20)] | None = Field(
-        None, description="an integer from 0 to 20"
+        None,
+        description="an integer from 0 to 20: so many of the likeliest tokens beside each; other "
+        "than 0 it needs details or stream, which show them",
     )
     best_of: Annotated[Integer, Field(ge=1, le=8)] | None = Field(
         None, description="1; from 2 to 8, sampling only, is not supported yet"

@@ -50,16 +50,18 @@ class Generate(Endpoint):
         content = await exchange.read_body()
         check_name(exchange.path_params.get("model"), self._settings.served_names)
         body = read(GenerateBody, parse_json(content))
+        parameters, is_streamed = body.given(), self._always_stream or bool(body.stream)
         request = to_request(
             body,
+            is_streamed=is_streamed,
             trace_id=exchange.request_id,
+            arrived_s=exchange.arrived_s,
             received_s=exchange.received_s,
             max_timeout_s=self._server.limits.max_timeout_s,
         )
-        parameters = body.given()
         prefix = body.inputs if parameters.return_full_text else ""
         async with _open(self._server, request, exchange) as stream:
-            if self._always_stream or body.stream:
+            if is_streamed:
                 await _send_events(exchange, stream, prefix)
             else:
                 await self._send_answer(exchange, stream, prefix, bool(parameters.details))

@@ -13,6 +13,7 @@ Decisions, where TGI's schema leaves them open:
 from __future__ import annotations
 
 import secrets
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -31,11 +32,22 @@ _SMALLEST, _LARGEST = float(_FLOAT32.tiny), float(_FLOAT32.max)
 
 
 def to_request(
-    body: GenerateBody, *, trace_id: str, received_s: float, max_timeout_s: float
+    body: GenerateBody,
+    *,
+    is_streamed: bool,
+    trace_id: str,
+    arrived_s: float,
+    received_s: float,
+    max_timeout_s: float,
 ) -> GenerationRequest:
     """What `LLMServer.open` takes.  Raises InvalidRequest for what is not supported."""
     parameters = body.given()
     refuse_unsupported(parameters)
+    if parameters.top_n_tokens and not (parameters.details or is_streamed):
+        raise InvalidRequest(
+            f"parameters.top_n_tokens: {parameters.top_n_tokens} came; it needs details or stream, "
+            "or nothing would show them"
+        )
     if (parameters.timeout or 0.0) > max_timeout_s:
         raise InvalidRequest(
             f"parameters.timeout: {parameters.timeout:g} came; allowed is up to {max_timeout_s:g}"
@@ -48,7 +60,9 @@ def to_request(
         truncate=parameters.truncate,
         timeout_s=parameters.timeout,
         trace_id=trace_id,
+        arrived_s=arrived_s,
         received_s=received_s,
+        validated_s=time.monotonic(),
     )
 
 

@@ -14,11 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from llm_serving.errors import ConfigError
+from llm_serving.model_card import DERIVED_TENSORS
 
 __all__ = ["load_weights"]
-
-# Buffers that old checkpoints carry though they follow from the config.
-HARMLESS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 
 def load_weights(
@@ -32,7 +30,7 @@ def load_weights(
     came_from: dict[str, str] = {}
     for file in files:
         for name, tensor in _tensors(file):
-            if name.endswith(HARMLESS):
+            if name.endswith(DERIVED_TENSORS):
                 continue
             if name in came_from:
                 raise ConfigError(f"{file}: tensor {name} is also in {came_from[name]}")

@@ -1,4 +1,4 @@
-"""In which dtype is a model served, and how do float32 numbers become it?
+"""In which dtype is a model served, and how do float32 numbers become it, and come back?
 
 numpy has no bfloat16: it is made of bits here.
 """
@@ -13,10 +13,17 @@ import numpy as np
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import Dtype
 
-__all__ = ["CONTAINER_NAMES", "DTYPES", "cast", "cpu_has_bfloat16"]
+__all__ = ["CONTAINER_NAMES", "DTYPES", "FLOATS", "cast", "cpu_has_bfloat16", "widen"]
 
 DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16", "float16")
 CONTAINER_NAMES: dict[Dtype, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+# How the bytes of each container dtype are read
+FLOATS: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<f2"),
+}
 
 
 def cpu_has_bfloat16(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> bool:
@@ -46,3 +53,11 @@ def cast(values: np.ndarray[Any, np.dtype[np.float32]], dtype: Dtype, name: str)
             raise ConfigError(f"tensor {name} holds values beyond float16; use bfloat16 or float32")
         return halves.data.cast("B")
     return np.ascontiguousarray(values).data.cast("B")
+
+
+def widen(raw: bytes, container: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The numbers in `raw`, of a container dtype of `FLOATS`, exactly."""
+    values = np.frombuffer(raw, FLOATS[container])
+    if container == "BF16":
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return np.asarray(values, np.float32)

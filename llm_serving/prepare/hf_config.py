@@ -6,12 +6,11 @@ would make it compute something else than our model is refused with the field's 
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig
+from llm_serving.prepare.hf_fields import refuse_other_mathematics
 from llm_serving.prepare.hf_rope import read_rope
 from llm_serving.prepare.json_file import Fields
 
@@ -37,20 +36,6 @@ _FAMILIES = {
     "Qwen3ForCausalLM": _Family("qwen3", 32768, 32, 128, qk_norm=True),
 }
 
-# field -> the values that change nothing
-_INERT: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "pretraining_tp": (None, 0, 1),
-    "use_sliding_window": (None, False),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "moe_intermediate_size": (None, 0),
-    "use_mrope": (None, False),
-    "auto_map": (None, {}),
-    "is_encoder_decoder": (None, False),
-    "hidden_act": (None, "silu", "swish"),
-}
-
 
 def read_architecture(config: Fields) -> str:
     """The one architecture config.json names, by class or else by model_type."""
@@ -68,9 +53,7 @@ def read_architecture(config: Fields) -> str:
 def read_model_config(config: Fields, architecture: str) -> ModelConfig:
     """The hyperparameters; ConfigError names the field that is missing or not supported."""
     family = _FAMILIES[architecture]
-    for name, inert in _INERT.items():
-        if config.values.get(name) not in inert:
-            raise config.unsupported(name, " or ".join(repr(v) for v in inert if v is not None))
+    refuse_other_mathematics(config, qk_norm=family.qk_norm)
     layer_types = config.values.get("layer_types") or []
     if not isinstance(layer_types, list) or set(layer_types) - {"full_attention"}:
         raise config.unsupported("layer_types", "full_attention in every layer")

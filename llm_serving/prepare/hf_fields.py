@@ -72,28 +72,33 @@ _INERT_PATTERNS: dict[str, tuple[Any, ...]] = {
 }
 _QK_NORM = ("use_qk_norm", "qk_norm", "qk_layernorm", "qk_layernorms")
 
-# What is read, or concerns training, generation, classification and the library: the attributes
-# of the four configurations in transformers 4 and 5
-_HARMLESS = {
-    *"""vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
-    num_key_value_heads max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters
-    partial_rotary_factor original_max_position_embeddings tie_word_embeddings attention_bias
-    mlp_bias layer_types sliding_window max_window_layers architectures model_type dtype torch_dtype
-    bos_token_id eos_token_id""".split(),
-    *"""attention_dropout hidden_dropout initializer_range use_cache output_attentions return_dict
+# The attributes of the four configurations in transformers 4 and 5: what is read here or sizes
+# tensors, what concerns training and the library, what is a setting of generation
+_READ = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads head_dim
+    num_key_value_heads max_position_embeddings rms_norm_eps rope_theta rope_scaling
+    rope_parameters partial_rotary_factor original_max_position_embeddings tie_word_embeddings
+    attention_bias ffn_dim_multiplier multiple_of mlp_bias layer_types sliding_window
+    max_window_layers architectures model_type dtype torch_dtype bos_token_id eos_token_id
+"""
+_LIBRARY = """
+    attention_dropout hidden_dropout initializer_range use_cache output_attentions return_dict
     output_hidden_states chunk_size_feed_forward gradient_checkpointing pruned_heads torchscript
     use_bfloat16 tf_legacy_loss add_cross_attention cross_attention_hidden_size is_decoder
     tie_encoder_decoder id2label label2id num_labels problem_type finetuning_task
     task_specific_params tokenizer_class prefix pad_token_id sep_token_id decoder_start_token_id
     name_or_path _name_or_path _commit_hash transformers_version attn_implementation
     _attn_implementation _attn_implementation_internal _attn_implementation_autoset
-    _flash_attn_2_enabled unsloth_fixed unsloth_version""".split(),
-    *"""max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    _flash_attn_2_enabled unsloth_fixed unsloth_version
+"""
+_GENERATION = """
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
     temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
     return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
-    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""".split(),
-}
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+"""
+_HARMLESS = frozenset(f"{_READ} {_LIBRARY} {_GENERATION}".split())
 
 
 def refuse_other_mathematics(config: Fields, *, qk_norm: bool) -> None:
@@ -117,6 +122,8 @@ def unknown_fields(config: Fields) -> list[str]:
 
 
 def _inert_values(name: str, qk_norm: bool) -> tuple[Any, ...] | None:
+    if name in _HARMLESS:
+        return None
     if name in _QK_NORM:
         return (qk_norm,)
     if name in _INERT:

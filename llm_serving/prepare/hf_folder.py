@@ -18,9 +18,11 @@ from llm_serving.errors import ConfigError
 from llm_serving.model_card import Dtype, ModelConfig
 from llm_serving.prepare.dtypes import CONTAINER_NAMES
 from llm_serving.prepare.hf_config import read_architecture, read_model_config
+from llm_serving.prepare.hf_fields import unknown_fields
 from llm_serving.prepare.json_file import Fields, read_object
 from llm_serving.prepare.safetensors_file import Header, read_header
 from llm_serving.prepare.tensors import check_tensors
+from llm_serving.prepare.tied_head import check_tied_head
 
 __all__ = ["HfFolder", "read_hf_folder"]
 
@@ -36,6 +38,7 @@ class HfFolder(msgspec.Struct, frozen=True):
     stated_dtype: Dtype | None  # by config.json
     bos_token_id: int | None
     eos_token_ids: list[int]
+    unknown_fields: list[str]  # of config.json: nothing is known of what they mean
     digest: str  # of headers, sizes and 1 MiB of evenly spaced samples of every shard
 
 
@@ -62,6 +65,7 @@ def read_hf_folder(folder: pathlib.Path) -> HfFolder:
         stated_dtype=_stated_dtype(fields),
         bos_token_id=bos,
         eos_token_ids=eos,
+        unknown_fields=unknown_fields(fields),
         digest=digest.hexdigest(),
     )
 
@@ -101,6 +105,8 @@ def _check(
                 raise ConfigError(f"{path}: tensor {name} is {info.dtype}, supported are {known}")
             found[name] = info.shape
     check_tensors(found, config, str(folder), architecture)
+    if config.tie_word_embeddings:
+        check_tied_head(headers)
 
 
 def _main_dtype(headers: dict[pathlib.Path, Header]) -> Dtype:

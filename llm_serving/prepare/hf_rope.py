@@ -22,7 +22,8 @@ _NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
 }
-_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"}
+_ZERO_IS_ABSENT = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"}  # to the reference
+_OPTIONAL = _ZERO_IS_ABSENT | {"attention_factor"}
 _KNOWN = {key for keys in _NUMBERS.values() for key in keys} | {
     "type",
     "rope_type",
@@ -66,7 +67,8 @@ def _scaling(kind: Any, rope: Fields, config: Fields, longest: int) -> RopeScali
         if rope.values.get("factor") is None:
             values["factor"] = longest / values["original_max_position_embeddings"]
     for key in _NUMBERS[kind]:
-        if key not in values and not (key in _OPTIONAL and rope.values.get(key) is None):
+        absent = (None, 0) if key in _ZERO_IS_ABSENT else (None,)
+        if key not in values and not (key in _OPTIONAL and rope.values.get(key) in absent):
             values[key] = rope.number(key, None)
     if values.get("factor", 1.0) < 1:
         raise rope.unsupported("factor", "a number >= 1")

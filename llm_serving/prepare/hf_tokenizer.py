@@ -60,7 +60,7 @@ def read_chat_template(folder: pathlib.Path) -> str | None:
 def _read(path: pathlib.Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as exc:  # the library raises nothing narrower
+    except Exception as exc:  # the library raises bare Exception, whatever is wrong
         raise ConfigError(f"cannot read {path}: {exc}") from exc
 
 

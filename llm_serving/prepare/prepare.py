@@ -136,6 +136,11 @@ def _prepare_folder(
 ) -> ModelCard:
     progress.phase("check the checkpoint")
     found = read_hf_folder(source.path)
+    if found.unknown_fields:
+        progress.say(
+            f"{source.path}/config.json: nothing is known of {', '.join(found.unknown_fields)}; "
+            "the model is served as if they were not there"
+        )
     progress.phase("build the tokenizer")
     build_hf_tokenizer(source.path).save(str(partial / "tokenizer.json"), pretty=False)
     tokenizer_digest = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from llm_serving.errors import ConfigError
-from llm_serving.model_card import ModelConfig
+from llm_serving.model_card import DERIVED_TENSORS, ModelConfig
 
 __all__ = ["check_tensors", "expected_tensors"]
 
@@ -61,7 +61,14 @@ def check_tensors(
     found: Mapping[str, Sequence[int]], config: ModelConfig, where: str, architecture: str
 ) -> None:
     """Raise ConfigError, naming the tensor, unless `found` (name -> shape) is the whole model."""
+    if config.num_hidden_layers > len(found):  # before anybody lists what they would have
+        raise ConfigError(
+            f"{where}: num_hidden_layers = {config.num_hidden_layers}, but there are only "
+            f"{len(found)} tensors"
+        )
     expected = expected_tensors(config)
+    if config.tie_word_embeddings and "lm_head.weight" in found:  # a copy; see tied_head
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     for name, shape in expected.items():
         if name not in found:
             raise ConfigError(f"{where} has no tensor {name}, which {architecture} needs")
@@ -71,11 +78,5 @@ def check_tensors(
                 f"for {list(shape)}"
             )
     for name in found:
-        if name not in expected and not _inert(name, config):
+        if name not in expected and not name.endswith(DERIVED_TENSORS):
             raise ConfigError(f"{where}: tensor {name} has no place in {architecture}")
-
-
-def _inert(name: str, config: ModelConfig) -> bool:
-    """Frequencies are computed anew; a head beside tied embeddings is a copy nobody reads."""
-    tied_head = name == "lm_head.weight" and config.tie_word_embeddings
-    return tied_head or name.endswith("rotary_emb.inv_freq")

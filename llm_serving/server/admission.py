@@ -17,7 +17,7 @@ from llm_serving.master.request import Request
 from llm_serving.server.detokenizer import Detokenizer
 from llm_serving.server.tokenizer import Tokenizer
 
-__all__ = ["Admission", "GenerationRequest", "ServerLimits", "check_text", "check_unicode"]
+__all__ = ["Admission", "GenerationRequest", "ServerLimits", "check_text"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +38,14 @@ class ServerLimits:
 class GenerationRequest:
     prompt: str
     sampling: SamplingParams  # eos_token_ids and max_new_tokens in it are ignored
-    received_s: float  # time.monotonic(), as the event loop's clock
+    received_s: float  # time.monotonic(), as the event loop's clock; when its last byte came
+    arrived_s: float | None = None  # when its first byte came; None: received_s
+    validated_s: float | None = None  # when it had become this; None: received_s
     max_new_tokens: int | None = None  # None: the default, or the room left if that is less
     stop: tuple[str, ...] = ()
     truncate: int | None = None  # keep so many of the last prompt tokens
-    timeout_s: float | None = None  # since received_s; None: the server's limit
-    trace_id: str = ""  # the client's name for it; never a key in here
+    timeout_s: float | None = None  # since arrived_s; None: the server's limit
+    trace_id: str = ""  # the name for it in the log; never a key in here
 
 
 class Admission:
@@ -69,6 +71,7 @@ class Admission:
         now_s = self._clock()
         limit_s = self._limits.max_timeout_s
         timeout_s = limit_s if asked.timeout_s is None else min(asked.timeout_s, limit_s)
+        arrived_s = asked.received_s if asked.arrived_s is None else asked.arrived_s
         request = Request(
             next(self._request_ids),
             ids,
@@ -76,7 +79,7 @@ class Admission:
                 asked.sampling, max_new_tokens=max_new_tokens, eos_token_ids=self._eos_token_ids
             ),
             arrival=now_s,
-            deadline_s=asked.received_s + timeout_s - now_s,
+            deadline_s=arrived_s + timeout_s - now_s,
             cache_salt=self._cache_salt,
         )
         request.hash_blocks(self._limits.block_size)
@@ -113,16 +116,16 @@ class Admission:
 
 def check_text(asked: GenerationRequest) -> None:
     """Raise InvalidRequest for what no tokenizer or stop string could take."""
-    check_unicode("inputs", asked.prompt)
+    _check_unicode("inputs", asked.prompt)
     for stop in asked.stop:
         if not stop:
             raise InvalidRequest("stop: a stop string is empty; it needs at least one character")
-        check_unicode("stop", stop)
+        _check_unicode("stop", stop)
     if asked.truncate is not None and asked.truncate < 1:
         raise InvalidRequest(f"truncate: {asked.truncate} is too few; 1 or more tokens are kept")
 
 
-def check_unicode(field: str, text: str) -> None:
+def _check_unicode(field: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as exc:

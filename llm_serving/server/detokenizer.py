@@ -27,7 +27,7 @@ from llm_serving.server.decoding import (
     WholeDecoding,
 )
 
-__all__ = ["Detokenizer", "decoding_of"]
+__all__ = ["Detokenizer", "decoder_steps", "decoding_of"]
 
 
 class Detokenizer:
@@ -76,13 +76,13 @@ def decoding_of(tokenizer: Tokenizer) -> Decoding:
         token = tokenizer.id_to_token(token_id)
         return None if token in special else token
 
-    steps = _steps(tokenizer)
+    steps = decoder_steps(tokenizer)
     if [step["type"] for step in steps] == ["ByteLevel"]:
         return ByteLevelDecoding(token_of)
     return _byte_fallback(steps, token_of) or WholeDecoding(tokenizer)
 
 
-def _steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """The decoder's steps in order, sequences unpacked; empty without a decoder."""
     if tokenizer.decoder is None:
         return []

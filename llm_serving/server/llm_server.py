@@ -11,21 +11,22 @@ this file its text.  Everything but `Admission.prepare` runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from llm_serving.errors import Overloaded, Unavailable
+from llm_serving.errors import (
+    AgentError,
+    RequestAborted,
+    RequestFailed,
+    ServingError,
+    Unavailable,
+)
 from llm_serving.generation import FinishReason, TokenOutput
 from llm_serving.master.request import Request
 from llm_serving.metrics import Metrics
-from llm_serving.server.admission import (
-    Admission,
-    GenerationRequest,
-    ServerLimits,
-    check_text,
-    check_unicode,
-)
+from llm_serving.server.admission import Admission, GenerationRequest, ServerLimits, check_text
 from llm_serving.server.detokenizer import Detokenizer
 from llm_serving.server.output_stream import OutputStream
 from llm_serving.server.service_rate import ServiceRate
@@ -33,6 +34,8 @@ from llm_serving.server.stop_strings import StopStrings
 from llm_serving.server.tokenizer import Tokenizer
 
 __all__ = ["GenerationRequest", "LLMServer", "Master", "ServerLimits"]
+
+logger = logging.getLogger(__name__)
 
 LONG_TEXT = 4096  # characters; shorter ones are encoded faster than a thread is reached
 FINISHED_AS = {  # vLLM's words for the metrics
@@ -44,6 +47,7 @@ FINISHED_AS = {  # vLLM's words for the metrics
     FinishReason.ERROR: "error",
 }
 UNANSWERED = (FinishReason.ABORT, FinishReason.ERROR)
+SERVED = ("stop", "length")
 
 
 class Master(Protocol):
@@ -64,16 +68,22 @@ class LLMServer:
         cache_salt: bytes,
         metrics: Metrics,
         health: Callable[[], str | None],
+        has_stopped: Callable[[], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`clock` must be that of the event loop, or finer with the same zero."""
+        """`health` says why a request sent now would not be served, if it would not.
+
+        `has_stopped` says whether none will ever be again; None: as long as `health` complains.
+        `clock` must be that of the event loop, or finer with the same zero.
+        """
         self.tokenizer = tokenizer
         self.limits = limits
         self._admission = Admission(tokenizer, limits, eos_token_ids, cache_salt, clock)
         self._metrics = metrics
         self._health = health
+        self._has_stopped = has_stopped or (lambda: health() is not None)
         self._clock = clock
-        self._rate = ServiceRate(clock())
+        self._rate = ServiceRate()
         self._master: Master | None = None
         self._streams: dict[str, OutputStream] = {}
         self._num_opening = 0
@@ -93,18 +103,16 @@ class LLMServer:
         """Why a request sent now would not be served; None if it would."""
         return self._refusal or self._health()
 
-    async def encode(self, text: str) -> list[int]:
-        """As `Tokenizer.encode`; in a thread when long.  Raises InvalidRequest if not Unicode."""
-        check_unicode("inputs", text)
-        if len(text) < LONG_TEXT:
-            return self.tokenizer.encode(text)
-        return await asyncio.to_thread(self.tokenizer.encode, text)
+    def retry_after_s(self) -> float:
+        """Until half of those that are open will have been served, at the rate measured."""
+        return self._rate.time_for(self.num_open / 2, self._clock())
 
     async def open(self, request: GenerationRequest) -> OutputStream:
         """Submit a request.  Raises InvalidRequest, Overloaded or Unavailable."""
         if self._refusal is not None:
-            raise self._unavailable(self._refusal)
+            raise Unavailable(self._refusal)
         self._num_opening += 1
+        self._rate.begin(self._clock())
         self._nothing_open.clear()
         try:
             check_text(request)
@@ -118,28 +126,29 @@ class LLMServer:
             self._note_end()
 
     def publish(self, outputs: list[TokenOutput]) -> None:
-        """Turn what the master says into events; called once a step."""
+        """Turn what the master says into events; called once a step.
+
+        Every reader is woken, whatever goes wrong with another's request.
+        """
         now_s = self._clock()
         streams: list[OutputStream] = []
         intervals_s: list[float] = []
         num_tokens = 0
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is None:
-                continue
-            failure = self._failure(output.finish_reason)
-            is_first = stream.first_token_s is None
-            if (interval_s := stream.take(output, now_s, failure)) is not None:
-                intervals_s.append(interval_s)
-            num_tokens += output.token_id is not None
-            if is_first and stream.first_token_s is not None:
-                self._observe_first_token(stream)
-            if stream.finish_reason is not None:
-                self._close(stream, output, now_s)
-            streams.append(stream)
-        self._metrics.observe_step(num_tokens, intervals_s)
-        for stream in streams:
-            stream.wake()
+        try:
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is None:
+                    continue
+                streams.append(stream)
+                if (interval_s := self._take(stream, output, now_s)) is not None:
+                    intervals_s.append(interval_s)
+                num_tokens += output.token_id is not None
+                if stream.finish_reason is not None:
+                    self._close(stream, output, now_s)
+            self._metrics.observe_step(num_tokens, intervals_s)
+        finally:
+            for stream in streams:
+                stream.wake()
 
     def begin_drain(self) -> None:
         """Take no new requests; those that are open go on."""
@@ -161,23 +170,36 @@ class LLMServer:
         self, asked: GenerationRequest, request: Request, detokenizer: Detokenizer
     ) -> OutputStream:
         if self._master is None:
-            raise self._unavailable(self._refusal or "no master is attached yet")
+            raise Unavailable(self._refusal or "no master is attached yet")
         stream = OutputStream(
             request,
             self.tokenizer,
             detokenizer,
             StopStrings(asked.stop),
             received_s=asked.received_s,
+            validated_s=asked.received_s if asked.validated_s is None else asked.validated_s,
+            trace_id=asked.trace_id,
             clock=self._clock,
             cancel=self._master.abort,
         )
-        try:
-            self._master.submit(request)
-        except (Overloaded, Unavailable) as exc:
-            exc.retry_after_s = self._retry_after_s()
-            raise
+        self._master.submit(request)
         self._streams[request.request_id] = stream
         return stream
+
+    def _take(self, stream: OutputStream, output: TokenOutput, now_s: float) -> float | None:
+        """As `OutputStream.take`; a stream whose text cannot be made ends with an error."""
+        is_first = stream.first_token_s is None
+        error = self._error(stream, output) if output.token_id is None else None
+        try:
+            interval_s = stream.take(output, now_s, error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as exc:  # a panic of the tokenizers library is no Exception
+            stream.fail(self._failed(stream, "its text could not be made", exc), now_s)
+            return None
+        if is_first and stream.first_token_s is not None:
+            self._observe_first_token(stream)
+        return interval_s
 
     def _close(self, stream: OutputStream, output: TokenOutput, now_s: float) -> None:
         """Forget a stream that has had its last event."""
@@ -186,8 +208,9 @@ class LLMServer:
         if output.finish_reason is None and self._master is not None:  # it would go on
             self._master.abort(stream.request, reason)
         self._metrics.observe_end(FINISHED_AS[reason])
+        if FINISHED_AS[reason] in SERVED:
+            self._rate.served(now_s)
         if reason not in UNANSWERED:
-            self._rate.finished(now_s)
             first_s = now_s if stream.first_token_s is None else stream.first_token_s
             self._metrics.observe_answer(e2e_s=now_s - stream.received_s, decode_s=now_s - first_s)
         self._note_end()
@@ -195,24 +218,30 @@ class LLMServer:
     def _observe_first_token(self, stream: OutputStream) -> None:
         stages = stream.timings()
         queue_s, prefill_s = stages["queue"] / 1e3, stages["prefill"] / 1e3
-        ttft_s = queue_s + prefill_s + stages["tokenize"] / 1e3
+        ttft_s = queue_s + prefill_s + (stages["validate"] + stages["tokenize"]) / 1e3
         self._metrics.observe_first_token(
             stream.prompt_tokens, ttft_s=ttft_s, queue_s=queue_s, prefill_s=prefill_s
         )
 
-    def _failure(self, reason: FinishReason | None) -> str | None:
-        """What is wrong with the server, for a request that ends because of it."""
-        return self.unready_reason() if reason in UNANSWERED else None
+    def _error(self, stream: OutputStream, output: TokenOutput) -> ServingError | None:
+        """What the reader is told of an end without an id; None if it is an answer."""
+        if output.finish_reason is FinishReason.ABORT:
+            sentence = self.unready_reason() or "the request was aborted before it had ended"
+            return RequestAborted(sentence)
+        if output.finish_reason is not FinishReason.ERROR:
+            return None
+        if self._refusal is None and not self._has_stopped():
+            return self._failed(stream, "the model could not compute it")
+        return AgentError(self.unready_reason() or "the work on this request was lost")
+
+    def _failed(
+        self, stream: OutputStream, why: str, exc: BaseException | None = None
+    ) -> RequestFailed:
+        """It is the request's own fault: asked again, it would fail again."""
+        logger.error("request %s failed: %s", stream.trace_id, why, exc_info=exc)
+        return RequestFailed(f"this request failed, and would again: {why}")
 
     def _note_end(self) -> None:
         if self.num_open == 0:
+            self._rate.pause(self._clock())
             self._nothing_open.set()
-
-    def _unavailable(self, reason: str) -> Unavailable:
-        exc = Unavailable(reason)
-        exc.retry_after_s = self._retry_after_s()
-        return exc
-
-    def _retry_after_s(self) -> float:
-        """Until half of those that are open will have been served, at the rate measured."""
-        return self._rate.time_for(self.num_open / 2, self._clock())

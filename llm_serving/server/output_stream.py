@@ -17,7 +17,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from llm_serving.errors import AgentError, RequestAborted, ServingError
+from llm_serving.errors import ServingError
 from llm_serving.generation import FinishReason, TokenOutput
 from llm_serving.master.request import Request
 from llm_serving.server.detokenizer import Detokenizer
@@ -52,6 +52,8 @@ class OutputStream:
         stops: StopStrings,
         *,
         received_s: float,
+        validated_s: float,
+        trace_id: str,
         clock: Callable[[], float],
         cancel: Callable[[Request], None],
     ) -> None:
@@ -62,7 +64,9 @@ class OutputStream:
         self.finish_reason: FinishReason | None = None
         self.first_token_s: float | None = None
         self.received_s = received_s
+        self.trace_id = trace_id
         self.ended_s: float | None = None
+        self._validated_s = validated_s
         self._last_token_s = 0.0
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
@@ -103,28 +107,35 @@ class OutputStream:
         end = self._clock() if self.ended_s is None else self.ended_s
         first = end if self.first_token_s is None else self.first_token_s
         started = first if self.request.started_s is None else self.request.started_s
-        stamps = [self.received_s, self.request.arrival, started, first, end]
+        stamps = [self.received_s, self._validated_s, self.request.arrival, started, first, end]
         for i in range(1, len(stamps)):  # the master's clock may tick more coarsely
             stamps[i] = min(max(stamps[i], stamps[i - 1]), end)
-        names = ("tokenize", "queue", "prefill", "decode")
+        names = ("validate", "tokenize", "queue", "prefill", "decode")
         return {name: (stamps[i + 1] - stamps[i]) * 1e3 for i, name in enumerate(names)}
 
-    def take(self, output: TokenOutput, now_s: float, failure: str | None = None) -> float | None:
+    def take(
+        self, output: TokenOutput, now_s: float, error: ServingError | None = None
+    ) -> float | None:
         """Make the events of one output; for the LLMServer.
 
-        Returns the seconds since the token before; None without one.  `failure` says what is
-        wrong with the server, in case this output is an error.
+        Returns the seconds since the token before; None without one.  `error` is what the reader
+        is told if this output is an end that is no answer.  Raises whatever making text raises;
+        then the stream is as it was before, but for text, and only `fail` may follow.
         """
         if output.token_id is None:
-            self._end_without_id(output.finish_reason or FinishReason.ERROR, now_s, failure)
+            self._end_without_id(output.finish_reason or FinishReason.ERROR, now_s, error)
             return None
+        self._take_token(output.token_id, output, now_s)
         interval_s = None if self.first_token_s is None else now_s - self._last_token_s
         if self.first_token_s is None:
             self.first_token_s = now_s
         self._last_token_s = now_s
-        self.generated_tokens += 1
-        self._take_token(output.token_id, output, now_s)
         return interval_s
+
+    def fail(self, error: ServingError, now_s: float) -> None:
+        """End it without asking for text, which may be what is broken; for the LLMServer."""
+        event = self._event_without_id(FinishReason.ERROR, error)
+        self._end(event, now_s)
 
     def wake(self) -> None:
         """Let the reader have what is there; once a step is enough."""
@@ -144,6 +155,7 @@ class OutputStream:
             reason = FinishReason.STOP_STRING
         top = tuple(map(self._top_token, output.top)) if output.top else ()
         logprob = 0.0 if output.logprob is None else output.logprob
+        self.generated_tokens += 1
         event = TokenEvent(self.generated_tokens, token_id, text, logprob, special, top, reason)
         if text:
             self._texts.append(text)
@@ -171,17 +183,16 @@ class OutputStream:
         """What was held back, up to a stop string that only the end has made certain."""
         return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
 
-    def _end_without_id(self, reason: FinishReason, now_s: float, failure: str | None) -> None:
+    def _end_without_id(
+        self, reason: FinishReason, now_s: float, error: ServingError | None
+    ) -> None:
         self._release(self._flush())
-        error: ServingError | None = None
-        if reason is FinishReason.ERROR:
-            error = AgentError(failure or "the work on this request was lost; try it again")
-        elif reason is FinishReason.ABORT:
-            error = RequestAborted(failure or "the request was aborted before it had ended")
-        elif self._stops.found is not None:
+        if error is None and self._stops.found is not None:
             reason = FinishReason.STOP_STRING
-        index = self.generated_tokens + 1
-        self._end(TokenEvent(index, NO_ID, "", 0.0, True, (), reason, error), now_s)
+        self._end(self._event_without_id(reason, error), now_s)
+
+    def _event_without_id(self, reason: FinishReason, error: ServingError | None) -> TokenEvent:
+        return TokenEvent(self.generated_tokens + 1, NO_ID, "", 0.0, True, (), reason, error)
 
     def _end(self, event: TokenEvent, now_s: float) -> None:
         self._release()

@@ -1,8 +1,8 @@
 """How many requests does this server finish per second, and when does it pay to come back?
 
-The rate is smoothed exponentially: what finished `SMOOTHING_S` ago counts 1/e of what finishes
-now.  The weight of the time before the first request is divided out, so that a young server
-does not look slow.
+Served requests and the seconds in which any request was open are both smoothed exponentially:
+what was `SMOOTHING_S` of such seconds ago counts 1/e of what is now.  Their quotient is the rate,
+so neither a young server nor one that had nothing to do looks slow.
 """
 
 from __future__ import annotations
@@ -16,25 +16,37 @@ LEAST_S, MOST_S = 1.0, 120.0
 
 
 class ServiceRate:
-    def __init__(self, now_s: float) -> None:
-        self._began_s = self._last_s = now_s
-        self._rate = 0.0
+    def __init__(self) -> None:
+        self._num_served = 0.0
+        self._busy_s = 0.0
+        self._counted_s: float | None = None  # up to when; None while nothing is open
 
-    def finished(self, now_s: float) -> None:
-        """One request has been served."""
-        self._decay(now_s)
-        self._rate += 1.0 / SMOOTHING_S
+    def begin(self, now_s: float) -> None:
+        """A request is open; no effect if one was before."""
+        if self._counted_s is None:
+            self._counted_s = now_s
 
-    def per_second(self, now_s: float) -> float:
-        self._decay(now_s)
-        weight = -math.expm1((self._began_s - now_s) / SMOOTHING_S)
-        return self._rate / weight if weight > 0 else 0.0
+    def pause(self, now_s: float) -> None:
+        """None is open any more."""
+        self._count(now_s)
+        self._counted_s = None
+
+    def served(self, now_s: float) -> None:
+        """One of those that are open has been served."""
+        self._count(now_s)
+        self._num_served += 1.0
 
     def time_for(self, num_requests: float, now_s: float) -> float:
         """Seconds until so many will have been served, between LEAST_S and MOST_S."""
-        rate = self.per_second(now_s)
-        return min(max(num_requests / rate, LEAST_S), MOST_S) if rate > 0 else LEAST_S
+        self._count(now_s)
+        if self._num_served == 0.0:
+            return LEAST_S
+        return min(max(num_requests * self._busy_s / self._num_served, LEAST_S), MOST_S)
 
-    def _decay(self, now_s: float) -> None:
-        self._rate *= math.exp((self._last_s - now_s) / SMOOTHING_S)
-        self._last_s = now_s
+    def _count(self, now_s: float) -> None:
+        if self._counted_s is None:
+            return
+        rest = math.exp((self._counted_s - now_s) / SMOOTHING_S)
+        self._num_served *= rest
+        self._busy_s = self._busy_s * rest + SMOOTHING_S * (1.0 - rest)
+        self._counted_s = now_s

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from functools import cached_property
 
 import tokenizers
 
 from llm_serving.errors import ConfigError
-from llm_serving.server.decoding import WholeDecoding
-from llm_serving.server.detokenizer import Detokenizer, decoding_of
+from llm_serving.server.detokenizer import Detokenizer, decoder_steps, decoding_of
 
 __all__ = ["Tokenizer"]
 
 
 class Tokenizer:
     def __init__(self, path: pathlib.Path | str) -> None:
-        """Raises ConfigError if the file cannot be read or is not a tokenizer.json."""
-        self._path = str(path)
-        self._tokenizer = _load(self._path)
+        """Raises ConfigError for a file that is no tokenizer.json, or cannot be decoded with."""
+        self._tokenizer = _load(str(path))
         self._decoding = decoding_of(self._tokenizer)
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -43,10 +40,6 @@ class Tokenizer:
         encoding = self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
         return [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True)]
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Special tokens in `text` stay text, and none are added."""
-        return self._plain.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special)
 
@@ -61,24 +54,17 @@ class Tokenizer:
         """The text of one id on its own; "" for a special token or one that does not exist."""
         return "" if token_id in self._special_ids else self._decoding.text_of(token_id)
 
-    @property
-    def decodes_at_end_only(self) -> bool:
-        """Whether a stream's text comes all at its end: the decoder is none that we know."""
-        return isinstance(self._decoding, WholeDecoding)
-
-    @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """A second one: whether special tokens are recognised is a state of the library."""
-        plain = _load(self._path)
-        plain.encode_special_tokens = True
-        return plain
-
 
 def _load(path: str) -> tokenizers.Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(path)
     except Exception as exc:  # the library raises nothing narrower
         raise ConfigError(f"cannot read the tokenizer {path}: {exc}") from exc
+    for step in decoder_steps(tokenizer):
+        if step["type"] == "Strip" and step["stop"] > 0:  # the library panics on an empty text
+            raise ConfigError(
+                f"{path}: its decoder has a Strip with stop {step['stop']}; only 0 is supported"
+            )
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
