@@ -258,10 +258,11 @@ async def test_a_deadline_after_the_first_token_is_the_text_so_far(
 async def test_a_deadline_counts_from_the_head_of_the_request(
     front: FrontEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stamps: list[float | None] = []
+    stamps: list[float] = []
 
     async def open_(request: GenerationRequest) -> None:
-        stamps.extend((request.arrived_s, middle_s, request.received_s, request.validated_s))
+        stamps.append(request.arrived_s or 0.0)
+        stamps.extend((middle_s, request.received_s, request.validated_s or 0.0))
         raise Unavailable("it is enough")
 
     monkeypatch.setattr(front.server, "open", open_)

@@ -214,7 +214,7 @@ async def test_a_request_that_fails_ends_with_an_error(tmp_path: pathlib.Path) -
         stream, events = await house.answer("the", max_new_tokens=20)
     check(stream, events)
     assert stream.finish_reason is FinishReason.ERROR
-    assert isinstance(events[-1].error, AgentError)
+    assert isinstance(events[-1].error, RequestFailed)
 
 
 async def test_a_master_that_dies_ends_every_stream_with_its_reason(

@@ -49,6 +49,7 @@ class TinyServer:
             cache_salt=prefix_salt("tiny"),
             metrics=self.metrics,
             health=lambda: self.master.unhealthy_reason,
+            has_stopped=lambda: self.master.has_stopped,
         )
         self.master = AsyncMaster(scheduler, self.worker, self.server.publish)
         self.server.attach(self.master)

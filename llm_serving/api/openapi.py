@@ -28,7 +28,7 @@ _ERRORS = {
     "413": "The body is too large",
     "422": "A field is unknown, out of range or not supported; the sentence names it",
     "429": "The waiting queue is full; Retry-After says when to come back",
-    "500": "A bug",
+    "500": "A bug, or request_failed: this request would fail again",
     "503": "Not ready; Retry-After says when to come back",
     "504": "The deadline passed before the first token",
 }

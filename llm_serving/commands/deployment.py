@@ -13,6 +13,7 @@ import contextlib
 import logging
 import pathlib
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -30,7 +31,7 @@ from llm_serving.commands.stopping import stop_event, unless
 from llm_serving.commands.unwinding import unwind_on_sigterm
 from llm_serving.config import ServingConfig
 from llm_serving.errors import ServingError
-from llm_serving.master.async_master import AsyncMaster
+from llm_serving.master.async_master import AsyncMaster, MasterStats
 from llm_serving.master.block_pool import BlockPool, prefix_salt
 from llm_serving.master.scheduler import Limits, Scheduler
 from llm_serving.metrics import Metrics
@@ -185,8 +186,9 @@ class Deployment:
             limits=self._server_limits(ready),
             eos_token_ids=self._card.eos_token_ids,
             cache_salt=prefix_salt(self._card.digest),
-            metrics=(metrics := Metrics(names[0], lambda: master.stats())),
+            metrics=(metrics := self._metrics(ready, lambda: master.stats())),
             health=lambda: master.unhealthy_reason or worker.stalled(),
+            has_stopped=lambda: master.has_stopped,
         )
         master = AsyncMaster(
             scheduler, worker, server.publish, depth=config.scheduler.num_steps_in_flight
@@ -200,6 +202,10 @@ class Deployment:
             version=version("llm-serving"),
         )
         return _FrontEnd(master, server, HttpServer(app))
+
+    def _metrics(self, ready: Ready, read_stats: Callable[[], MasterStats]) -> Metrics:
+        build = {"version": version("llm-serving"), "dtype": ready.dtype, "device": ready.device}
+        return Metrics(self._config.model.names[0], read_stats, build=build)
 
     def _server_limits(self, ready: Ready) -> ServerLimits:
         return ServerLimits(
