@@ -19,6 +19,10 @@ COMMANDS = {
     "stop": "end a server that was started on this machine",
     "pull": "fetch a model by name, check it and keep it in the cache",
     "prepare": "convert a model into the cache, as `serve` would at its first start",
+    "baseline": "write the logits that transformers computes in float32, to compare with",
+    "breakdown": "where every millisecond of a running server goes",
+    "diagnose": "check and measure what the transport needs, on this machine",
+    "transport-report": "what a transport log says, in tables, plots and advice",
     "agent": "one worker process; started by `serve`",
 }
 
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"llm-serving: no command {name!r}\n\n{_overview()}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"llm_serving.commands.{name}")
+    command = importlib.import_module(f"llm_serving.commands.{name.replace('-', '_')}")
     try:
         return int(command.main(rest))
     except ServingError as exc:
