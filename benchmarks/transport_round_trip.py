@@ -42,8 +42,10 @@ class Columns:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
     finite: np.ndarray
+    logits: np.ndarray
     forward_ns: int = 0
     sample_ns: int = 0
+    sampled_ns: int = 0
 
 
 class NoModel:
@@ -55,11 +57,14 @@ class NoModel:
         floats, none = np.zeros(NUM_ROWS, np.float32), np.zeros((NUM_ROWS, 0), np.int32)
         finite = np.ones(NUM_ROWS, np.bool_)
         ids = np.arange(NUM_ROWS, dtype=np.int32)
-        self._columns = Columns(ids, floats, none, none.astype(np.float32), finite)
+        no_floats = none.astype(np.float32)
+        self._columns = Columns(ids, floats, none, no_floats, finite, no_floats[:0])
+        self.bare_context, self.bare_decode_ms = 0, dict[int, float]()
 
     def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> Columns:
         self._columns.forward_ns = time.monotonic_ns()
         self._columns.sample_ns = time.monotonic_ns()
+        self._columns.sampled_ns = time.monotonic_ns()
         return self._columns
 
 
@@ -94,6 +99,7 @@ def decode_step(step_id: int) -> StepInputs:
         bias_rows=none,
         bias_ids=none,
         bias_values=np.empty(0, np.float32),
+        wanted_logits=none,
     )
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "CacheConfig",
     "LoggingConfig",
     "ModelSection",
+    "PrecisionConfig",
     "SchedulerConfig",
     "ServerConfig",
     "ServingConfig",
@@ -87,6 +88,13 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     step_timeout_s: Seconds = 300.0
     stall_s: Seconds = 30.0  # work outstanding and no layer finished for so long: not ready
     max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 5  # within ten minutes
+    transport_log: str | None = None  # a file that gets a line for each call to an agent
+    transport_log_methods: tuple[Literal["Execute", "Ping"], ...] | None = None  # None: all
+
+
+class PrecisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dump_dir: str | None = None  # where the logits of chosen positions are written; None: nowhere
+    every: Positive = 100  # positions that are multiples of it
 
 
 class LoggingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -99,6 +107,7 @@ class ServingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scheduler: SchedulerConfig = SchedulerConfig()
     kv_cache: CacheConfig = CacheConfig()
     agent: AgentConfig = AgentConfig()
+    precision: PrecisionConfig = PrecisionConfig()
     logging: LoggingConfig = LoggingConfig()
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from llm_serving.protocol import StepTimes
 
-__all__ = ["StepInputs", "StepResult"]
+__all__ = ["StepInputs", "StepResult", "TransferTimes"]
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -48,6 +48,17 @@ class StepInputs:
     bias_rows: Ints  # [num_biases] sample, token id and value of each logit bias
     bias_ids: Ints
     bias_values: Floats
+    wanted_logits: Ints  # [num_wanted] the samples whose logits come back, see StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTimes:
+    """What the worker has spent on a step: when each part began, CLOCK_MONOTONIC nanoseconds."""
+
+    shm_write: int = 0
+    frame_send: int = 0
+    sent: int = 0
+    shm_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,9 @@ class StepResult:
     top_ids: Ints  # [num_samples, max num_logprobs of the step] likeliest first
     top_logprobs: Floats
     finite: npt.NDArray[np.bool_]  # [num_samples] False if any logit was inf or nan
+    logits: Floats  # [num_wanted, vocab] as the model gave them, before penalties and filters
     times: StepTimes
+    transfer: TransferTimes = TransferTimes()
 
     def has_size(self, num_samples: int) -> bool:
         """Whether every column has an entry for each sample."""

@@ -107,6 +107,7 @@ def step(step_id: int, *token_ids: int, num_logprobs: int = 0, **fields: Any) ->
         "bias_rows": none,
         "bias_ids": none,
         "bias_values": np.empty(0, np.float32),
+        "wanted_logits": none,
     }
     return StepInputs(step_id, **{**arrays, **fields})
 

@@ -20,7 +20,7 @@ from llm_serving.api.app import ApiSettings, create_app
 from llm_serving.master.async_master import AsyncMaster
 from llm_serving.master.block_pool import BlockPool
 from llm_serving.master.scheduler import Limits, Scheduler
-from llm_serving.metrics import Metrics
+from llm_serving.metrics import Metrics, StepMetrics
 from llm_serving.server.llm_server import LLMServer, ServerLimits
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.step_arrays import StepInputs, StepResult
@@ -163,7 +163,8 @@ async def front_end(
 ) -> AsyncIterator[FrontEnd]:
     """A pool of `num_blocks` blocks of BLOCK_SIZE, and a context of 128 tokens."""
     worker = worker or FakeWorker(num_blocks, BLOCK_SIZE)
-    metrics = Metrics(settings.served_names[0], lambda: master.stats())
+    steps = StepMetrics()
+    metrics = Metrics(settings.served_names[0], lambda: master.stats(), steps=steps)
     server = LLMServer(
         tokenizer=Tokenizer(tiny_tokenizer_path(folder)),
         limits=ServerLimits(128, num_blocks * BLOCK_SIZE, BLOCK_SIZE),
@@ -173,11 +174,16 @@ async def front_end(
         health=lambda: master.unhealthy_reason,
     )
     scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), limits or Limits())
-    master = AsyncMaster(scheduler, worker, server.publish)
+    master = AsyncMaster(scheduler, worker, server.publish, observe=steps.observe)
     server.attach(master)
     info = {"model_id": settings.served_names[0], "max_total_tokens": 128}
     app = create_app(
-        server, settings=settings, info=lambda: dict(info), metrics=metrics, version="1.2.3"
+        server,
+        settings=settings,
+        info=lambda: dict(info),
+        metrics=metrics,
+        trace=steps.trace,
+        version="1.2.3",
     )
     transport = httpx.ASGITransport(app)
     running = asyncio.create_task(master.run())

@@ -54,8 +54,10 @@ class Columns:
     top_ids: np.ndarray
     top_logprobs: np.ndarray
     finite: np.ndarray
+    logits: np.ndarray
     forward_ns: int
     sample_ns: int
+    sampled_ns: int
 
 
 class FatalColumns(Columns):
@@ -77,6 +79,7 @@ class ScriptedRunner:
     def __init__(self, script: Script, rank: int) -> None:
         self.kernels = {"linear": "scripted"}
         self.num_blocks = 64 - rank
+        self.bare_context, self.bare_decode_ms = 64, {1: 0.5}
         self._script = script
         self._rank = rank
         self._last = np.empty(0, np.int32)
@@ -101,8 +104,10 @@ class ScriptedRunner:
             top_ids=tops,
             top_logprobs=-tops.astype(np.float32),
             finite=np.ones(len(sampled), np.bool_),
+            logits=np.tile(sampled[inputs.wanted_logits, None], (1, 8)).astype(np.float32),
             forward_ns=forward_ns,
             sample_ns=time.monotonic_ns(),
+            sampled_ns=time.monotonic_ns(),
         )
 
     def _act(self, step_id: int) -> None:

@@ -19,6 +19,7 @@ from llm_serving.api.tgi_answer import Token
 from llm_serving.errors import AgentDied, Unavailable
 from llm_serving.generation import FinishReason
 from llm_serving.master.scheduler import Limits
+from llm_serving.metrics import REQUEST_STAGES
 from llm_serving.server.llm_server import GenerationRequest
 from llm_serving.step_arrays import StepInputs, StepResult
 from llm_serving.testing import FakeWorker
@@ -67,7 +68,8 @@ async def test_an_answer_has_exactly_the_documented_fields(front: FrontEnd) -> N
 async def test_details_hold_every_token(front: FrontEnd) -> None:
     answer = await front.generate(PROMPT, max_new_tokens=9, seed=7, details="True")
     details = answer["details"]
-    assert without(details, "tokens") == {
+    assert list(details["timing"]) == list(REQUEST_STAGES)
+    assert without(details, "tokens", "timing") == {
         "finish_reason": "length",
         "generated_tokens": 9,
         "prompt_tokens": 6,

@@ -5,6 +5,7 @@ import pathlib
 import random
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -808,27 +809,41 @@ async def test_what_was_not_served_does_not_make_the_server_look_fast(
 async def test_the_stages_add_up_to_the_time_since_arrival(master: ScriptedMaster) -> None:
     stream = await master.open(received_s=master.now_s - 0.5)
     master.now_s += 1.0
-    assert stream.timings() == {
-        "validate": 0.0,
-        "tokenize": 500.0,
-        "queue": 1000.0,
-        "prefill": 0.0,
-        "decode": 0.0,
-    }
+    before = {"read": 0.0, "validate": 0.0, "tokenize": 500.0, "queue": 1000.0}
+    after = {"prefill": 0.0, "decode": 0.0, "detokenize": 0.0, "send": 0.0}
+    assert stream.timings() == {**before, **after}
     stream.request.started_s = master.now_s
     master.now_s += 0.25
     master.say("h")
     master.now_s += 2.0
-    assert stream.timings()["decode"] == 2000.0
+    assert stream.timings() == {**before, **after, "prefill": 250.0, "send": 2000.0}
     master.say("i", FinishReason.LENGTH)
+    master.now_s += 0.125
+    master.server.answered(stream)
     master.now_s += 50.0
-    assert stream.timings() == {
-        "validate": 0.0,
-        "tokenize": 500.0,
-        "queue": 1000.0,
-        "prefill": 250.0,
-        "decode": 2000.0,
-    }
+    stages = {**before, **after, "prefill": 250.0, "decode": 2000.0, "send": 125.0}
+    assert stream.timings() == stages
+    text = master.metrics.render().decode()
+    for stage, ms in stages.items():
+        name = f'llm_serving:request_stage_seconds_sum{{model_name="tiny",stage="{stage}"}}'
+        assert f"{name} {ms / 1e3}" in text
+
+
+async def test_making_the_last_text_is_a_stage_of_its_own(
+    master: ScriptedMaster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = await master.open()
+    take = OutputStream.take
+
+    def take_slowly(stream: OutputStream, *args: Any) -> float | None:
+        found = take(stream, *args)
+        master.now_s += 0.5
+        return found
+
+    master.say("h")
+    monkeypatch.setattr(OutputStream, "take", take_slowly)
+    master.say("i", FinishReason.LENGTH)
+    assert stream.timings()["detokenize"] == 500.0
 
 
 async def test_a_request_leaves_its_marks_in_the_metrics(master: ScriptedMaster) -> None:

@@ -47,6 +47,7 @@ def step(
         bias_rows=np.array([b[0] for b in biases], np.int32),
         bias_ids=np.array([b[1] for b in biases], np.int32),
         bias_values=np.array([b[2] for b in biases], np.float32),
+        wanted_logits=np.empty(0, np.int32),
     )
 
 

@@ -86,6 +86,7 @@ def make_step(step_id: int, rows: Sequence[Row]) -> StepInputs:
         "history_prompt_lens": [0] * len(samplers),
         "bias_rows": [],
         "bias_ids": [],
+        "wanted_logits": [],
     }
     arrays: dict[str, Any] = {name: np.array(numbers[name], np.int32) for name in numbers}
     arrays["bias_values"] = np.empty(0, np.float32)
@@ -271,7 +272,7 @@ def test_columns_do_not_change_when_the_next_step_runs(runner: ModelRunner) -> N
 def test_loading_tells_its_phases_and_what_it_found(twin: Twin) -> None:
     phases: list[str] = []
     runner = load(twin.card, phases, num_blocks=None, device="auto")
-    assert phases == ["read weights", "allocate KV cache", "warm up"]
+    assert phases == ["read weights", "allocate KV cache", "warm up", "time the bare model"]
     assert runner.num_blocks == 8 * CONTEXT // BLOCK_SIZE
     assert runner.block_size == BLOCK_SIZE
     assert (runner.vocab_size, runner.dtype) == (VOCAB_SIZE, "float32")

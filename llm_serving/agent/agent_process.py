@@ -87,6 +87,8 @@ def _ready(settings: AgentSettings, runner: Runner, phases: dict[str, float]) ->
         versions=settings.versions,
         phases=phases,
         num_threads=settings.num_threads,
+        bare_decode_ms=runner.bare_decode_ms,
+        bare_context=runner.bare_context,
     )
 
 

@@ -19,12 +19,12 @@ from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blo
 from llm_serving.agent.memory import available_memory
 from llm_serving.agent.sampler import Sampler
 from llm_serving.agent.step_check import StepLimits, check_step
-from llm_serving.agent.warm_up import warm_up_steps
+from llm_serving.agent.warm_up import bare_decode_ms, warm_up_steps
 from llm_serving.errors import ChannelError, ConfigError
 from llm_serving.kernels.interface import Kernels
 from llm_serving.kernels.selection import select_device, select_kernels
 from llm_serving.model_card import CARD_VERSION, ModelCard
-from llm_serving.models.attention_metadata import MetadataBuilder
+from llm_serving.models.attention_metadata import AttentionMetadata, MetadataBuilder
 from llm_serving.models.checkpoint import load_weights
 from llm_serving.models.layers import PlainLinears
 from llm_serving.models.llama import LlamaModel
@@ -40,15 +40,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class StepColumns:
-    """The columns of a `StepResult`, and when its two halves began (time.monotonic_ns)."""
+    """The columns of a `StepResult`, and when its parts began or ended (time.monotonic_ns)."""
 
     token_ids: Ints
     logprobs: Floats
     top_ids: Ints
     top_logprobs: Floats
     finite: npt.NDArray[np.bool_]
+    logits: Floats
     forward_ns: int
     sample_ns: int
+    sampled_ns: int
 
 
 class ModelRunner:
@@ -81,10 +83,12 @@ class ModelRunner:
         self._limits = StepLimits(
             self.vocab_size, max_model_len, cache.num_blocks, cache.block_size
         )
+        self._no_logits = np.empty((0, self.vocab_size), np.float32)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._last_step_id: int | None = None
         self._last_ids = np.empty(0, np.int32)
+        self.bare_context, self.bare_decode_ms = 0, dict[int, float]()
 
     @classmethod
     def load(
@@ -133,6 +137,8 @@ class ModelRunner:
         )
         phase("warm up")
         runner.warm_up()
+        phase("time the bare model")
+        runner.time_bare_decode()
         return runner
 
     def warm_up(self) -> None:
@@ -141,7 +147,19 @@ class ModelRunner:
         They leave keys and values that nobody reads and no last step.  `load` has called it.
         """
         for inputs in warm_up_steps(self._limits, self._max_num_seqs, self._max_num_batched_tokens):
-            self.execute(inputs, _ignore_tick)
+            self._execute_alone(inputs)
+
+    def time_bare_decode(self) -> None:
+        """Find `bare_decode_ms` at `bare_context`: what this model costs on an idle machine.
+
+        `load` has called it.
+        """
+        self.bare_context, self.bare_decode_ms = bare_decode_ms(
+            self._execute_alone, self._limits, self._max_num_seqs, self._max_num_batched_tokens
+        )
+
+    def _execute_alone(self, inputs: StepInputs) -> None:
+        self.execute(inputs, _ignore_tick)
         self._last_step_id, self._last_ids = None, np.empty(0, np.int32)
 
     def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> StepColumns:
@@ -151,13 +169,22 @@ class ModelRunner:
         arrays that do not fit together, and for `sources` unless the step before was the last one
         that finished here.
         """
-        forward_ns = time.monotonic_ns()
         check_step(inputs, self._limits)
         ids = self._input_ids(inputs)
         with torch.inference_mode():
-            logits = self._forward(inputs, ids, tick)
+            step = self._metadata.build(
+                inputs.positions,
+                inputs.slots,
+                inputs.query_starts,
+                inputs.context_lens,
+                inputs.block_tables,
+            )
+            forward_ns = time.monotonic_ns()
+            logits = self._forward(ids, step, inputs.logit_positions, tick)
             sample_ns = time.monotonic_ns()
+            wanted = self._wanted(logits, inputs)
             sampled = self._sampler.sample(logits, inputs, self._last_ids)
+            sampled_ns = time.monotonic_ns()
         self._last_step_id, self._last_ids = inputs.step_id, sampled.token_ids
         return StepColumns(
             token_ids=sampled.token_ids,
@@ -165,26 +192,33 @@ class ModelRunner:
             top_ids=sampled.top_ids,
             top_logprobs=sampled.top_logprobs,
             finite=sampled.finite,
+            logits=wanted,
             forward_ns=forward_ns,
             sample_ns=sample_ns,
+            sampled_ns=sampled_ns,
         )
 
+    def _wanted(self, logits: torch.Tensor, inputs: StepInputs) -> Floats:
+        """Copies of the rows that somebody wants to see, before the sampler changes them."""
+        if not len(inputs.wanted_logits):
+            return self._no_logits
+        rows = logits.index_select(0, self._tensor(inputs.wanted_logits))
+        found: Floats = rows.float().cpu().numpy()
+        return found
+
     def _forward(
-        self, inputs: StepInputs, ids: npt.NDArray[np.int64], tick: Callable[[], None]
+        self,
+        ids: npt.NDArray[np.int64],
+        step: AttentionMetadata,
+        logit_positions: Ints,
+        tick: Callable[[], None],
     ) -> torch.Tensor:
         """Logits of the sampling rows, float32 [num_samples, vocab]."""
-        step = self._metadata.build(
-            inputs.positions,
-            inputs.slots,
-            inputs.query_starts,
-            inputs.context_lens,
-            inputs.block_tables,
-        )
         hidden = self._model.embed(self._tensor(ids))
         for layer in range(self._num_layers):
             hidden = self._model.run_layers(hidden, step, layer, layer + 1)
             tick()
-        sampling = self._tensor(inputs.logit_positions.astype(np.int64))
+        sampling = self._tensor(logit_positions.astype(np.int64))
         return self._model.logits(hidden.index_select(0, sampling))
 
     def _input_ids(self, inputs: StepInputs) -> npt.NDArray[np.int64]:

@@ -71,6 +71,7 @@ def _check_samples(inputs: StepInputs, limits: StepLimits) -> None:
     _check_length("bias_values", inputs.bias_values, num_biases)
     _check_range("bias_rows", inputs.bias_rows, num_samples)
     _check_range("bias_ids", inputs.bias_ids, limits.vocab_size)
+    _check_range("wanted_logits", inputs.wanted_logits, num_samples)
 
 
 def _check_length(name: str, array: Numbers, right: int) -> None:

@@ -24,6 +24,7 @@ from llm_serving.protocol import (
     Execute,
     Executed,
     Failed,
+    PeerTimes,
     Ping,
     Pong,
     Reply,
@@ -37,13 +38,13 @@ from llm_serving.transport.step_counter import StepCounter
 
 __all__ = ["Columns", "Runner", "WorkAgent", "failed"]
 
-_COLUMNS = ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite")
+_COLUMNS = ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite", "logits")
 _DTYPES = {field.name: "int32" for field in fields(StepInputs) if field.name != "step_id"}
 _DTYPES |= {"sampling": "uint8", "bias_values": "float32"}  # a record travels as its bytes
 
 
 class Columns(Protocol):
-    """What a step gives: the columns of `StepResult`, and when its two halves began."""
+    """What a step gives: the columns of `StepResult`, and when its parts began or ended."""
 
     @property
     def token_ids(self) -> npt.NDArray[np.int32]: ...
@@ -56,9 +57,13 @@ class Columns(Protocol):
     @property
     def finite(self) -> npt.NDArray[np.bool_]: ...
     @property
+    def logits(self) -> npt.NDArray[np.float32]: ...
+    @property
     def forward_ns(self) -> int: ...
     @property
     def sample_ns(self) -> int: ...
+    @property
+    def sampled_ns(self) -> int: ...
 
 
 class Runner(Protocol):
@@ -70,6 +75,8 @@ class Runner(Protocol):
     dtype: str
     device: str
     kernels: dict[str, str]
+    bare_decode_ms: dict[int, float]  # rows -> a decode step with nothing around it
+    bare_context: int  # tokens that each of those rows could see
 
     def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> Columns:
         """Run one step; `inputs` are views of shared memory, read-only and void on return."""
@@ -87,16 +94,21 @@ class WorkAgent:
 
     def serve(self) -> None:
         """Answer commands until Stop.  Raises AgentError when the channel ends or lies."""
+        waiting_ns = time.monotonic_ns()
         while not isinstance(command := self._channel.recv(), Stop):
             if isinstance(command, Execute):
-                self._channel.send(self._step(command))
+                self._channel.send(self._step(command, waiting_ns))
             elif isinstance(command, Ping):
-                self._channel.send(Pong(command.count))
+                self._channel.send(self._pong(command, waiting_ns))
             else:
                 self._memory = _Memory(command, self._agent_epoch)
+            waiting_ns = time.monotonic_ns()
 
-    def _step(self, command: Execute) -> Reply:
-        received_ns = time.monotonic_ns()
+    def _pong(self, ping: Ping, waiting_ns: int) -> Pong:
+        times = PeerTimes(waiting_ns, self._channel.received_ns, time.monotonic_ns())
+        return Pong(ping.count, times)
+
+    def _step(self, command: Execute, waiting_ns: int) -> Reply:
         if self._memory is None:
             raise ChannelError("a step before Attach")
         memory, counter = self._memory, self._memory.counter
@@ -111,8 +123,14 @@ class WorkAgent:
         finally:
             counter.finish()
         self._last_step_id = command.step_id
-        done_ns = time.monotonic_ns()
-        times = StepTimes(received_ns, columns.forward_ns, columns.sample_ns, done_ns)
+        times = StepTimes(
+            waiting_ns,
+            self._channel.received_ns,
+            time.monotonic_ns(),
+            columns.forward_ns,
+            columns.sample_ns,
+            columns.sampled_ns,
+        )
         return Executed(command.step_id, self._agent_epoch, times, tensors)
 
     def _check_sources(self, inputs: StepInputs) -> None:

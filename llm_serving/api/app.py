@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from msgspec import structs
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -22,8 +22,12 @@ from starlette.types import ASGIApp
 from llm_serving.api.docs_page import DocsPage
 from llm_serving.api.endpoint import Edge, exchange_of
 from llm_serving.api.errors import Problem, problem_of, problem_of_status
+from llm_serving.api.openai import Completions, ModelCard, Models
+from llm_serving.api.openai_answer import Completion, Model, ModelList
+from llm_serving.api.openai_errors import OpenAIErrorBody
+from llm_serving.api.openai_schema import CompletionBody
 from llm_serving.api.openapi import ApiRoute, Operation, openapi_document
-from llm_serving.api.operation import Info, Livez, MetricsText, Readyz, Status
+from llm_serving.api.operation import Info, Livez, MetricsText, Readyz, Status, Trace
 from llm_serving.api.schema import GenerateBody
 from llm_serving.api.settings import ApiSettings
 from llm_serving.api.tgi import Generate
@@ -47,6 +51,7 @@ __all__ = ["ApiSettings", "create_app"]
 TITLE = "llm-serving"
 _BODY_ERRORS = ("400", "404", "413", "422", "500")
 _GENERATE_ERRORS = (*_BODY_ERRORS, "429", "503", "504")
+_COMPLETION_ERRORS = tuple(status for status in _GENERATE_ERRORS if status != "422")
 JSON, EVENTS = "application/json", "text/event-stream"
 
 
@@ -56,14 +61,16 @@ def create_app(
     settings: ApiSettings,
     info: Callable[[], dict[str, object]],
     metrics: Metrics,
+    trace: Callable[[int], dict[str, object]],
     version: str,
 ) -> FastAPI:
     """The application that serves `server`; it starts and stops nothing."""
     app = _Application(settings, version, server.retry_after_s)
     routes = [
         *_tgi_routes(server, settings),
+        *_openai_routes(server, settings),
         *_token_routes(server, settings),
-        *_operation_routes(server, settings, info, metrics),
+        *_operation_routes(server, settings, info, metrics, trace),
     ]
     app.router.routes[:0] = routes  # before the document: they are asked for more often
     app.router.routes.append(Route("/docs", DocsPage(app.openapi)))
@@ -128,6 +135,25 @@ def _tgi_routes(server: LLMServer, settings: ApiSettings) -> list[ApiRoute]:
     ]
 
 
+def _openai_routes(server: LLMServer, settings: ApiSettings) -> list[ApiRoute]:
+    completions = Operation(
+        "Complete a prompt: one answer, or chunks and [DONE] if `stream` is true",
+        {JSON: Completion, EVENTS: Completion},
+        (CompletionBody,),
+        _COMPLETION_ERRORS,
+        OpenAIErrorBody,
+    )
+    models = Operation(
+        "The names the model is served under", {JSON: ModelList}, (), ("500",), OpenAIErrorBody
+    )
+    card = Operation("One of these names", {JSON: Model}, error_body=OpenAIErrorBody)
+    return [
+        ApiRoute("/v1/completions", Completions(server, settings), "POST", completions),
+        ApiRoute("/v1/models", Models(server, settings), "GET", models),
+        ApiRoute("/v1/models/{model:path}", ModelCard(server, settings), "GET", card),
+    ]
+
+
 def _token_routes(server: LLMServer, settings: ApiSettings) -> list[ApiRoute]:
     tokenize = Operation(
         "The tokens of a text",
@@ -152,6 +178,7 @@ def _operation_routes(
     settings: ApiSettings,
     info: Callable[[], dict[str, object]],
     metrics: Metrics,
+    trace: Callable[[int], dict[str, object]],
 ) -> list[ApiRoute]:
     readyz, described = Readyz(server, settings), Info(info, settings)
     ready = Operation(
@@ -159,12 +186,18 @@ def _operation_routes(
     )
     about = Operation("What is served, and how", {JSON: dict[str, Any]})
     alive = Operation("The front end answers", {JSON: Status}, errors=())
+    steps = Operation(
+        "When each part of the last steps began, in nanoseconds of one monotonic clock",
+        {JSON: dict[str, Any]},
+        errors=("422", "500"),
+    )
     text = Operation("Metrics for Prometheus", {"text/plain": str}, errors=("500",))
     return [
         ApiRoute("/livez", Livez(), "GET", alive),
         ApiRoute("/readyz", readyz, "GET", ready),
         ApiRoute("/health", readyz, "GET", ready),
         ApiRoute("/metrics", MetricsText(metrics), "GET", text),
+        ApiRoute("/trace", Trace(trace), "GET", steps),
         ApiRoute("/info", described, "GET", about),
         ApiRoute("/models/{model:path}/info", described, "GET", about),
         ApiRoute("/models/{model:path}/health", readyz, "GET", ready),
@@ -172,22 +205,23 @@ def _operation_routes(
 
 
 async def _on_http_exception(request: Request, exc: Exception) -> JSONResponse:
-    """No such path or method, in our envelope."""
+    """No such path or method, in the envelope of the path's family."""
     if not isinstance(exc, HTTPException):
         return await _on_bug(request, exc)
     sentence = f"{exc.detail}: {request.method} {request.url.path[:200]}"
-    answer = _json(problem_of_status(exc.status_code, sentence))
+    answer = _json(request, problem_of_status(exc.status_code, sentence))
     answer.headers.update(exc.headers or {})
     return answer
 
 
 async def _on_invalid(request: Request, exc: Exception) -> JSONResponse:
-    return _json(problem_of_status(422, str(exc)))
+    return _json(request, problem_of_status(422, str(exc)))
 
 
 async def _on_bug(request: Request, exc: Exception) -> JSONResponse:
-    return _json(problem_of(exc, exchange_of(request.scope).request_id))
+    return _json(request, problem_of(exc, exchange_of(request.scope).request_id))
 
 
-def _json(problem: Problem) -> JSONResponse:
-    return JSONResponse(structs.asdict(problem.body), problem.status)
+def _json(request: Request, problem: Problem) -> JSONResponse:
+    status, body = exchange_of(request.scope).envelope(problem)
+    return JSONResponse(msgspec.to_builtins(body), status)

@@ -1,8 +1,9 @@
 """Which status and which words an error becomes: the one mapping from the error tree to HTTP.
 
 Every envelope is `{"error": "<sentence>", "error_type": "<stable word>"}`, and bounded: it never
-holds more than MAX_SENTENCE characters, whatever came in.  What nobody expected is 500
-"internal" with the request id and nothing else; the traceback stays in the log.
+holds more than MAX_SENTENCE characters, whatever came in (`openai_errors` says the same in
+OpenAI's form).  What nobody expected is 500 "internal" with the request id and nothing else; the
+traceback stays in the log.
 """
 
 from __future__ import annotations

@@ -11,12 +11,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from urllib.parse import parse_qs
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from llm_serving.api.deadline import finish_within
 from llm_serving.api.errors import BodyTooLarge, ClientGone, DeadlineExceeded, problem_of
+from llm_serving.api.openai_errors import envelope_of
 from llm_serving.api.settings import ApiSettings
 from llm_serving.api.sse import encode_event
 
@@ -42,9 +44,11 @@ class Exchange:
         self._send = send
         self._settings = settings
         self._retry_after_s = retry_after_s
+        self._query = scope["query_string"]
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         self._is_head = scope["method"] == "HEAD"
         self._is_stream = False
+        self.envelope = envelope_of(scope["path"])
         self.path_params: Mapping[str, str] = {}
         self.arrived_s = time.monotonic()  # the clock of the event loop, read finer
         self.received_s = self.arrived_s  # when the body was there
@@ -52,6 +56,11 @@ class Exchange:
         self.has_started = False
         self.is_disconnected = False
         self._is_body_left = False
+
+    def query(self, name: str) -> str | None:
+        """The last value of a parameter of the URL."""
+        values = parse_qs(self._query.decode("latin-1"), keep_blank_values=True).get(name)
+        return values[-1] if values else None
 
     async def read_body(self) -> bytes:
         """The whole body.
@@ -86,11 +95,6 @@ class Exchange:
             pass
         self.is_disconnected = True
 
-    def stages(self, later: Mapping[str, float]) -> dict[str, float]:
-        """Milliseconds per stage: reading the body, and what came later."""
-        read_ms = (self.received_s - self.arrived_s) * 1e3
-        return {name: round(ms, 3) for name, ms in (("read", read_ms), *later.items())}
-
     async def answer(
         self,
         status: int,
@@ -124,13 +128,14 @@ class Exchange:
     async def fail(self, exc: Exception) -> None:
         """Answer with an error: its own status, or the last event of a stream under way."""
         problem = problem_of(exc, self.request_id, self._retry_after_s())
+        status, body = self.envelope(problem)
         if not self.has_started:
-            body = msgspec.json.encode(problem.body)
             # what is left of a body must not be taken for the next request
             closing = [(b"connection", b"close")] if self._is_body_left else []
-            await self.answer(problem.status, body, headers=[*problem.headers, *closing])
+            answer = msgspec.json.encode(body)
+            await self.answer(status, answer, headers=[*problem.headers, *closing])
         elif self._is_stream:
-            await self.write(encode_event(problem.body), is_last=True)
+            await self.write(encode_event(body), is_last=True)
 
     async def send(self, message: Message) -> None:
         """For the web framework's own answers (documentation, 404): adds the two headers."""

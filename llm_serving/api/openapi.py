@@ -23,7 +23,7 @@ __all__ = ["ApiRoute", "Operation", "openapi_document"]
 REFERENCE = "#/components/schemas/{}"
 
 _ERRORS = {
-    "400": "The body is not UTF-8, not JSON, or nested too deep",
+    "400": "The body is not UTF-8, not JSON, or too deep; under /v1 also what is 422 elsewhere",
     "404": "No model is served under this name",
     "413": "The body is too large",
     "422": "A field is unknown, out of range or not supported; the sentence names it",
@@ -40,6 +40,7 @@ class Operation:
     answers: dict[str, Any]  # content type -> type of the answer, or of an event of a stream
     takes: tuple[type[BaseModel], ...] = ()  # any one of these
     errors: tuple[str, ...] = ("404", "500")
+    error_body: type[msgspec.Struct] = ErrorBody
 
 
 class ApiRoute(Route):
@@ -57,8 +58,9 @@ def openapi_document(routes: Iterable[object], title: str, version: str) -> dict
         [(model, "validation") for model in models], ref_template=REFERENCE.format("{model}")
     )
     answers = [kind for route in documented for kind in route.operation.answers.values()]
+    error_bodies = {route.operation.error_body: None for route in documented}
     schemas, components = msgspec.json.schema_components(
-        [*answers, ErrorBody], ref_template=REFERENCE.format("{name}")
+        [*answers, *error_bodies], ref_template=REFERENCE.format("{name}")
     )
     schema_of = iter(schemas)
     paths: dict[str, dict[str, Any]] = {}
@@ -79,7 +81,8 @@ def _operation(
     route: ApiRoute, bodies: list[dict[str, Any]], answers: dict[str, Any]
 ) -> dict[str, Any]:
     operation = route.operation
-    error = {"application/json": {"schema": {"$ref": REFERENCE.format(ErrorBody.__name__)}}}
+    reference = REFERENCE.format(operation.error_body.__name__)
+    error = {"application/json": {"schema": {"$ref": reference}}}
     errors = {
         status: {"description": _ERRORS[status], "content": error} for status in operation.errors
     }

@@ -10,11 +10,11 @@ from llm_serving.api.endpoint import Endpoint
 from llm_serving.api.exchange import Exchange
 from llm_serving.api.names import check_name
 from llm_serving.api.settings import ApiSettings
-from llm_serving.errors import Unavailable
-from llm_serving.metrics import CONTENT_TYPE, Metrics
+from llm_serving.errors import InvalidRequest, Unavailable
+from llm_serving.metrics import CONTENT_TYPE, MAX_TRACE_STEPS, Metrics
 from llm_serving.server.llm_server import LLMServer
 
-__all__ = ["Info", "Livez", "MetricsText", "Readyz", "Status"]
+__all__ = ["Info", "Livez", "MetricsText", "Readyz", "Status", "Trace"]
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -53,6 +53,19 @@ class Info(Endpoint):
     async def answer(self, exchange: Exchange) -> None:
         check_name(exchange.path_params.get("model"), self._settings.served_names)
         await exchange.answer(200, msgspec.json.encode(self._info()))
+
+
+class Trace(Endpoint):
+    """The last steps, stamp by stamp: `?steps=N` of them, or all that are kept."""
+
+    def __init__(self, trace: Callable[[int], dict[str, object]]) -> None:
+        self._trace = trace
+
+    async def answer(self, exchange: Exchange) -> None:
+        wanted = exchange.query("steps") or str(MAX_TRACE_STEPS)
+        if not (wanted.isascii() and wanted.isdecimal() and len(wanted) < 10 and int(wanted) > 0):
+            raise InvalidRequest(f"steps: expected 1 or more, found {wanted[:20]!r}")
+        await exchange.answer(200, msgspec.json.encode(self._trace(int(wanted))))
 
 
 class MetricsText(Endpoint):

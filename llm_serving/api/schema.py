@@ -1,15 +1,15 @@
 """Which bodies the TGI family takes: every field, its default and what it allows.
 
 The description of a field says what is allowed; the documentation shows it and an error repeats
-it.  `read` makes a model of a JSON value or raises InvalidRequest naming the first field that is
-wrong, what came and what is allowed.
+it.  `read`, which serves every family, makes a model of a JSON value or raises InvalidRequest
+naming the first field that is wrong, what came and what is allowed.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import Annotated, Any, TypeVar
+import functools
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -116,16 +116,29 @@ def _refuse_unknown(model: type[BaseModel], value: object, inside: str) -> None:
         raise InvalidRequest(f"{inside or 'the body'}: {came(value)} came; allowed is an object")
     for key in value:
         if key not in model.model_fields:
-            raise InvalidRequest(_unknown(key, model.model_fields, inside))
-    if model is GenerateBody and value.get("parameters") is not None:
-        _refuse_unknown(Parameters, value["parameters"], "parameters")
+            raise InvalidRequest(_unknown(key, model, inside))
+    for name, part in _parts(model).items():
+        if value.get(name) is not None:
+            _refuse_unknown(part, value[name], name)
 
 
-def _unknown(key: str, known: Iterable[str], inside: str) -> str:
+@functools.cache
+def _parts(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The fields that hold an object with fields of its own."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in model.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found[name] = kind
+    return found
+
+
+def _unknown(key: str, model: type[BaseModel], inside: str) -> str:
     what = f"unknown field {came(key)}" + (f" in {inside}" if inside else "")
-    if not inside and key in Parameters.model_fields and "parameters" in known:
-        return f"{what}: it belongs in 'parameters'"
-    near = difflib.get_close_matches(key[:64], known, 1, 0.0)
+    for name, part in _parts(model).items():
+        if key in part.model_fields:
+            return f"{what}: it belongs in {name!r}"
+    near = difflib.get_close_matches(key[:64], model.model_fields, 1, 0.0)
     return f"{what}; the nearest known one is {near[0]!r}" if near else what
 
 
@@ -133,7 +146,7 @@ def _sentence(model: type[BaseModel], wrong: ErrorDetails) -> str:
     """The field, what came, and what is allowed: the field's description."""
     name, *rest = (str(part) for part in wrong["loc"])
     field = model.model_fields[name]
-    if rest and model is GenerateBody and name == "parameters":
-        name, field = f"{name}.{rest[0]}", Parameters.model_fields[rest[0]]
+    if rest and (part := _parts(model).get(name)) is not None:
+        name, field = f"{name}.{rest[0]}", part.model_fields[rest[0]]
     what = "nothing" if wrong["type"] == "missing" else came(wrong["input"])
     return f"{name}: {what} came; allowed is {field.description}"

@@ -43,6 +43,7 @@ class Details(msgspec.Struct):
     prefill: list[PrefillToken]
     tokens: list[Token]
     top_tokens: list[list[Token]]
+    timing: dict[str, float]  # milliseconds per stage, up to the making of this answer
     best_of_sequences: None = None
 
 
@@ -95,9 +96,12 @@ def last_event(
 
 
 def answer_of(
-    events: list[TokenEvent], stream: OutputStream, prefix: str, *, details: bool
+    events: list[TokenEvent], stream: OutputStream, prefix: str, timing: dict[str, float] | None
 ) -> Answer:
-    """The answer that is not streamed; `events` are all of the stream's, the last one included."""
+    """The answer that is not streamed; `events` are all of the stream's, the last one included.
+
+    With `timing`, milliseconds per stage, it has details.
+    """
     last = events[-1]
     return Answer(
         generated_text=prefix + stream.text,
@@ -105,7 +109,7 @@ def answer_of(
         generated_tokens=stream.generated_tokens,
         prompt_tokens=stream.prompt_tokens,
         seed=stream.seed,
-        details=_details(events, stream) if details else None,
+        details=None if timing is None else _details(events, stream, timing),
     )
 
 
@@ -114,7 +118,7 @@ def reason_of(last: TokenEvent) -> str:
     return last.finish_reason.value if last.finish_reason else ""
 
 
-def _details(events: list[TokenEvent], stream: OutputStream) -> Details:
+def _details(events: list[TokenEvent], stream: OutputStream, timing: dict[str, float]) -> Details:
     with_id = [stream_event(event) for event in events if event.token_id != NO_ID]
     tops = [event.top_tokens for event in with_id]
     return Details(
@@ -125,4 +129,5 @@ def _details(events: list[TokenEvent], stream: OutputStream) -> Details:
         prefill=[],
         tokens=[event.token for event in with_id],
         top_tokens=tops if any(tops) else [],
+        timing=timing,
     )

@@ -5,30 +5,21 @@ Decisions, where TGI's schema leaves them open:
     sampling   is on with do_sample, or a parameter that only makes sense with it; then
                temperature is 1 unless given.  Otherwise it is greedy, whatever else came
     min_p 0    turns nothing on, like top_p 1: it is the inert value
-    top_k      above the largest 32-bit integer keeps every token, as it should
-    numbers    are rounded to what a step record holds (float32), never to zero or infinity;
-               a temperature or a filter that is not zero stays so
+    numbers    are rounded to what a step record holds: see `sampling_values`
 """
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import replace
 
-import numpy as np
-
+from llm_serving.api.sampling_values import drawn_seed, int32, positive_float32
 from llm_serving.api.schema import GenerateBody, Parameters
 from llm_serving.errors import InvalidRequest
 from llm_serving.generation import SamplingParams
 from llm_serving.server.llm_server import GenerationRequest
 
 __all__ = ["is_sampled", "refuse_unsupported", "to_request", "to_sampling"]
-
-MAX_DRAWN_SEED = 2**53  # every JSON reader keeps it exactly
-_MAX_INT32 = 2**31 - 1
-_FLOAT32 = np.finfo(np.float32)
-_SMALLEST, _LARGEST = float(_FLOAT32.tiny), float(_FLOAT32.max)
 
 
 def to_request(
@@ -94,12 +85,11 @@ def is_sampled(p: Parameters) -> bool:
 
 def to_sampling(p: Parameters) -> SamplingParams:
     """The parameters of sampling; max_new_tokens and the EOS ids are the server's to set."""
-    seed = secrets.randbelow(MAX_DRAWN_SEED) if p.seed is None else p.seed
     penalties = SamplingParams(
-        repetition_penalty=_float32(p.repetition_penalty, 1.0),
+        repetition_penalty=positive_float32(p.repetition_penalty, 1.0),
         presence_penalty=p.presence_penalty or 0.0,
         frequency_penalty=p.frequency_penalty or 0.0,
-        seed=seed,
+        seed=drawn_seed() if p.seed is None else p.seed,
         ignore_eos=bool(p.ignore_eos),
         num_logprobs=p.top_n_tokens or 0,
     )
@@ -107,14 +97,9 @@ def to_sampling(p: Parameters) -> SamplingParams:
         return penalties
     return replace(
         penalties,
-        temperature=_float32(p.temperature, 1.0),
-        top_k=min(p.top_k or 0, _MAX_INT32),
-        top_p=_float32(p.top_p, 1.0),
+        temperature=positive_float32(p.temperature, 1.0),
+        top_k=int32(p.top_k or 0),
+        top_p=positive_float32(p.top_p, 1.0),
         min_p=p.min_p or 0.0,
-        typical_p=_float32(p.typical_p, 1.0),
+        typical_p=positive_float32(p.typical_p, 1.0),
     )
-
-
-def _float32(value: float | None, default: float) -> float:
-    """A positive number that is still positive and finite as a float32."""
-    return default if value is None else min(max(value, _SMALLEST), _LARGEST)

@@ -17,10 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
-import msgspec
 import uvloop
 
 from llm_serving.api.app import ApiSettings, create_app
+from llm_serving.commands.description import fixed_facts, moving_facts
+from llm_serving.commands.evidence import logits_dump, transport_log
 from llm_serving.commands.http_server import LAST_EVENTS_S, HttpServer
 from llm_serving.commands.model_source import context_length, prepared_card
 from llm_serving.commands.ports import listen_on
@@ -34,13 +35,15 @@ from llm_serving.errors import ServingError
 from llm_serving.master.async_master import AsyncMaster, MasterStats
 from llm_serving.master.block_pool import BlockPool, prefix_salt
 from llm_serving.master.scheduler import Limits, Scheduler
-from llm_serving.metrics import Metrics
+from llm_serving.metrics import Metrics, StepMetrics
 from llm_serving.model_card import ModelCard
+from llm_serving.precision.logits_dump import LogitsDump
 from llm_serving.protocol import Ready
 from llm_serving.server.llm_server import LLMServer, ServerLimits
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
+from llm_serving.worker.traffic import Traffic
 
 __all__ = ["serve_until_stopped"]
 
@@ -90,8 +93,12 @@ class Deployment:
 
     async def run(self) -> int:
         """Start, serve, stop; the exit code."""
+        with transport_log(self._config.agent) as log:
+            return await self._run(Traffic(log))
+
+    async def _run(self, traffic: Traffic) -> int:
         stop = stop_event()
-        launcher = self._launcher()
+        launcher = self._launcher(traffic)
         worker = self._worker(launcher)
         try:
             if not await unless(stop, worker.start()):
@@ -100,7 +107,13 @@ class Deployment:
             if self._config.kv_cache.num_blocks is None:
                 launcher.pin("--num-blocks", ready.num_blocks)
             self._report.agent(ready, worker.describe(), self._max_model_len)
-            return await self._serve(self._front_end(worker, ready), stop)
+            with logits_dump(self._config.precision, self._card, ready) as dump:
+                front = self._front_end(worker, ready, dump)
+                try:
+                    return await self._serve(front, stop)
+                finally:
+                    if traffic.log is not None:
+                        traffic.log.num_requests = front.server.num_requests
         finally:
             await worker.close()
 
@@ -140,7 +153,7 @@ class Deployment:
             async with asyncio.timeout(self._config.server.shutdown_grace_s):
                 await unless(stop, server.drained())
 
-    def _launcher(self) -> Launcher:
+    def _launcher(self, traffic: Traffic) -> Launcher:
         config = self._config
         options = {
             "--card": pathlib.Path(self._card.tokenizer).with_name("card.json"),
@@ -159,7 +172,7 @@ class Deployment:
             for word in (name, value)
         ]
         command = [*program(), "agent", *given]
-        return Launcher(command, config.agent, on_event=self._report.event)
+        return Launcher(command, config.agent, on_event=self._report.event, traffic=traffic)
 
     def _worker(self, launcher: Launcher) -> AgentWorker:
         config = self._config
@@ -170,9 +183,10 @@ class Deployment:
             max_model_len=self._max_model_len,
             block_size=config.kv_cache.block_size,
             num_slots=2 * config.scheduler.num_steps_in_flight - 1,
+            vocab_size=self._card.config.vocab_size if config.precision.dump_dir else 0,
         )
 
-    def _front_end(self, worker: AgentWorker, ready: Ready) -> _FrontEnd:
+    def _front_end(self, worker: AgentWorker, ready: Ready, dump: LogitsDump | None) -> _FrontEnd:
         config, names = self._config, self._config.model.names
         limits = Limits(
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -181,31 +195,45 @@ class Deployment:
             prefix_caching=config.scheduler.prefix_caching,
         )
         scheduler = Scheduler(BlockPool(ready.num_blocks, ready.block_size), limits)
+        steps = StepMetrics(worker.traffic)
+        metrics = self._metrics(ready, lambda: master.stats(), steps)
         server = LLMServer(
             tokenizer=Tokenizer(self._card.tokenizer),
             limits=self._server_limits(ready),
             eos_token_ids=self._card.eos_token_ids,
             cache_salt=prefix_salt(self._card.digest),
-            metrics=(metrics := self._metrics(ready, lambda: master.stats())),
+            metrics=metrics,
             health=lambda: master.unhealthy_reason or worker.stalled(),
             has_stopped=lambda: master.has_stopped,
         )
         master = AsyncMaster(
-            scheduler, worker, server.publish, depth=config.scheduler.num_steps_in_flight
+            scheduler,
+            worker,
+            server.publish,
+            depth=config.scheduler.num_steps_in_flight,
+            observe=steps.observe,
+            logits_sink=dump,
         )
         server.attach(master)
         app = create_app(
             server,
             settings=ApiSettings(names, config.server.max_body_bytes),
-            info=lambda: self._info(worker, ready),
+            info=lambda: self._about(ready) | moving_facts(worker, dump, self._report.timings()),
+            trace=steps.trace,
             metrics=metrics,
             version=version("llm-serving"),
         )
         return _FrontEnd(master, server, HttpServer(app))
 
-    def _metrics(self, ready: Ready, read_stats: Callable[[], MasterStats]) -> Metrics:
+    def _metrics(
+        self, ready: Ready, read_stats: Callable[[], MasterStats], steps: StepMetrics
+    ) -> Metrics:
         build = {"version": version("llm-serving"), "dtype": ready.dtype, "device": ready.device}
-        return Metrics(self._config.model.names[0], read_stats, build=build)
+        return Metrics(self._config.model.names[0], read_stats, build=build, steps=steps)
+
+    def _about(self, ready: Ready) -> dict[str, object]:
+        context = self._server_limits(ready).context
+        return fixed_facts(self._config, self._card, ready, self._max_model_len, context)
 
     def _server_limits(self, ready: Ready) -> ServerLimits:
         return ServerLimits(
@@ -214,31 +242,6 @@ class Deployment:
             block_size=ready.block_size,
             max_timeout_s=self._config.server.request_timeout_s,
         )
-
-    def _info(self, worker: AgentWorker, ready: Ready) -> dict[str, object]:
-        """What is served, and how: the body of /info."""
-        card, config = self._card, self._config
-        return {
-            "model_id": card.name,
-            "served_names": list(config.model.names),
-            "model_type": card.architecture,
-            "model_digest": card.digest,
-            "model_dtype": ready.dtype,
-            "weights": card.weights_kind,
-            "model_device_type": ready.device,
-            "num_threads": ready.num_threads,
-            "kernels": ready.kernels,
-            "agents": worker.describe(),
-            "max_model_len": self._max_model_len,
-            "max_total_tokens": self._server_limits(ready).context,
-            "num_kv_blocks": ready.num_blocks,
-            "block_size": ready.block_size,
-            "limits": msgspec.to_builtins(config.scheduler),
-            "start_phases_s": self._report.timings(),
-            "versions": ready.versions,
-            "version": version("llm-serving"),
-            "task": 1,
-        }
 
 
 def _exit_code(*tasks: asyncio.Task[None]) -> int:

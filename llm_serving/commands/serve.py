@@ -16,6 +16,9 @@ from llm_serving.errors import ConfigError
 __all__ = ["main"]
 
 
+DUMP_DIR = "file_npy"  # of task 2
+
+
 def main(argv: list[str]) -> int:
     """Exit code 0 after Ctrl-C or SIGTERM, 1 with a sentence if it cannot start or go on."""
     return run_command("serve", serve, argv)
@@ -43,7 +46,8 @@ def serve(
         int | None, _option("--port", "port to listen on, 0 for any free one [8835]", "-P")
     ] = None,
     task: Annotated[
-        int, _option("--task", "1: speed, the normal server; 2: dump logits (not supported yet)")
+        int,
+        _option("--task", "1: speed, the normal server; 2: precision, logits into ./file_npy [1]"),
     ] = 1,
     dtype: Annotated[
         str | None, _option("--dtype", "auto, float32, bfloat16 or float16 [auto: the file's]")
@@ -83,6 +87,20 @@ def serve(
     transport: Annotated[
         str | None, _option("--transport", "control frames to the agent: tcp or unix [tcp]")
     ] = None,
+    transport_log: Annotated[
+        str | None,
+        _option("--transport-log", "a file that gets a line for each call to an agent [none]"),
+    ] = None,
+    transport_log_methods: Annotated[
+        str | None,
+        _option("--transport-log-methods", "which calls, comma-separated: Execute,Ping [all]"),
+    ] = None,
+    dump_dir: Annotated[
+        str | None, _option("--dump-dir", "a folder for the logits of chosen positions [none]")
+    ] = None,
+    dump_every: Annotated[
+        int | None, _option("--dump-every", "positions that are multiples of it are chosen [100]")
+    ] = None,
     request_timeout_s: Annotated[
         float | None, _option("--request-timeout", "seconds a request may wait and run [600]")
     ] = None,
@@ -96,8 +114,6 @@ def serve(
     """
     if task not in (1, 2):
         raise ConfigError(f"--task: expected 1 (speed) or 2 (precision), found {task}")
-    if task == 2:
-        raise ConfigError("--task 2 (dump logits) is not supported yet; --task 1 serves")
     given = {
         "model.path": model,
         "model.served_names": served_name or None,
@@ -115,10 +131,16 @@ def serve(
         "agent.device": device,
         "agent.num_threads": num_threads,
         "agent.transport": transport,
+        "agent.transport_log": transport_log,
+        "agent.transport_log_methods": transport_log_methods and transport_log_methods.split(","),
+        "precision.dump_dir": dump_dir,
+        "precision.every": dump_every,
         "logging.level": log_level,
     }
     overrides = {key: value for key, value in given.items() if value is not None}
     settings = load_config(config, overrides)
+    if task == 2 and settings.precision.dump_dir is None:
+        settings = load_config(config, {**overrides, "precision.dump_dir": DUMP_DIR})
     logging.basicConfig(
         level=settings.logging.level.upper(),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -87,6 +87,7 @@ class LLMServer:
         self._master: Master | None = None
         self._streams: dict[str, OutputStream] = {}
         self._num_opening = 0
+        self.num_requests = 0  # submitted since the start
         self._refusal: str | None = None  # of every new request
         self._nothing_open = asyncio.Event()
         self._nothing_open.set()
@@ -124,6 +125,11 @@ class LLMServer:
         finally:
             self._num_opening -= 1
             self._note_end()
+
+    def answered(self, stream: OutputStream) -> None:
+        """The last byte of a whole answer has been handed to the socket."""
+        stream.note_sent()
+        self._metrics.observe_stages(stream.timings())
 
     def publish(self, outputs: list[TokenOutput]) -> None:
         """Turn what the master says into events; called once a step.
@@ -176,6 +182,7 @@ class LLMServer:
             self.tokenizer,
             detokenizer,
             StopStrings(asked.stop),
+            arrived_s=asked.received_s if asked.arrived_s is None else asked.arrived_s,
             received_s=asked.received_s,
             validated_s=asked.received_s if asked.validated_s is None else asked.validated_s,
             trace_id=asked.trace_id,
@@ -184,6 +191,7 @@ class LLMServer:
         )
         self._master.submit(request)
         self._streams[request.request_id] = stream
+        self.num_requests += 1
         return stream
 
     def _take(self, stream: OutputStream, output: TokenOutput, now_s: float) -> float | None:

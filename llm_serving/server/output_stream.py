@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from llm_serving.errors import ServingError
 from llm_serving.generation import FinishReason, TokenOutput
 from llm_serving.master.request import Request
+from llm_serving.metrics import REQUEST_STAGES
 from llm_serving.server.detokenizer import Detokenizer
 from llm_serving.server.stop_strings import StopStrings
 from llm_serving.server.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ class OutputStream:
         detokenizer: Detokenizer,
         stops: StopStrings,
         *,
+        arrived_s: float,
         received_s: float,
         validated_s: float,
         trace_id: str,
@@ -65,9 +67,12 @@ class OutputStream:
         self.first_token_s: float | None = None
         self.received_s = received_s
         self.trace_id = trace_id
-        self.ended_s: float | None = None
+        self.ended_s: float | None = None  # the step of its last event was there
+        self._arrived_s = arrived_s
         self._validated_s = validated_s
         self._last_token_s = 0.0
+        self._detokenized_s = 0.0  # the first text, later the last, was ready
+        self._sent_s: float | None = None  # the last byte was handed to the socket
         self._tokenizer = tokenizer
         self._detokenizer = detokenizer
         self._stops = stops
@@ -103,15 +108,28 @@ class OutputStream:
         return self._texts[0] if self._texts else ""
 
     def timings(self) -> dict[str, float]:
-        """Milliseconds in each stage so far; together they are the time since `received_s`."""
-        end = self._clock() if self.ended_s is None else self.ended_s
-        first = end if self.first_token_s is None else self.first_token_s
+        """Milliseconds in each stage so far; together they are the time since the first byte.
+
+        Texts that are made and sent beside the decoding of later tokens are in `decode`.
+        """
+        end = self._clock() if self._sent_s is None else self._sent_s
+        last = self.ended_s or self._last_token_s or end
+        first = last if self.first_token_s is None else self.first_token_s
         started = first if self.request.started_s is None else self.request.started_s
-        stamps = [self.received_s, self._validated_s, self.request.arrival, started, first, end]
-        for i in range(1, len(stamps)):  # the master's clock may tick more coarsely
-            stamps[i] = min(max(stamps[i], stamps[i - 1]), end)
-        names = ("validate", "tokenize", "queue", "prefill", "decode")
-        return {name: (stamps[i + 1] - stamps[i]) * 1e3 for i, name in enumerate(names)}
+        stamps = (
+            *(self._arrived_s, self.received_s, self._validated_s, self.request.arrival),
+            *(started, first, last, self._detokenized_s, end),
+        )
+        spent, before = {}, self._arrived_s
+        for name, stamp in zip(REQUEST_STAGES, stamps[1:], strict=True):
+            after = min(max(stamp, before), end)
+            spent[name] = (after - before) * 1e3
+            before = after
+        return spent
+
+    def note_sent(self) -> None:
+        """The last byte of its answer has been handed to the socket."""
+        self._sent_s = self._clock()
 
     def take(
         self, output: TokenOutput, now_s: float, error: ServingError | None = None
@@ -139,6 +157,8 @@ class OutputStream:
 
     def wake(self) -> None:
         """Let the reader have what is there; once a step is enough."""
+        if self.finish_reason is not None or self.generated_tokens == 1:
+            self._detokenized_s = self._clock()
         if self._queue:
             self._arrived.set()
 

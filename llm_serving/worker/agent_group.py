@@ -22,6 +22,7 @@ from llm_serving.transport.address import format_address
 from llm_serving.transport.channel import SocketChannel
 from llm_serving.transport.listener import Listener
 from llm_serving.worker.agent_process import AgentProcess
+from llm_serving.worker.traffic import Call, Traffic
 
 __all__ = ["Agent", "AgentGroup"]
 
@@ -41,11 +42,12 @@ class Agent:
 
 
 class AgentGroup:
-    def __init__(self, agent_epoch: int, on_event: Callable[[str], None]) -> None:
+    def __init__(self, agent_epoch: int, on_event: Callable[[str], None], traffic: Traffic) -> None:
         self.agent_epoch = agent_epoch
         self.agents: list[Agent] = []  # in the order of their ranks, when all are ready
         self.lost: asyncio.Future[AgentError] = asyncio.get_running_loop().create_future()
         self._on_event = on_event
+        self._traffic = traffic
         self._on_lost: Callable[[AgentError], None] | None = None
         self._processes: dict[int, AgentProcess] = {}  # by rank, like the channels
         self._channels: dict[int, SocketChannel[Command, Reply]] = {}
@@ -159,19 +161,27 @@ class AgentGroup:
             raise ChannelError(f"agent {rank} said {ready!r:.200} where Ready belongs")
         phases = {"start process": started_s, **ready.phases}
         ready = msgspec.structs.replace(ready, phases=phases)
-        round_trip_us = await _measure_round_trip(channel)
+        round_trip_us = await _measure_round_trip(channel, self._traffic)
         return Agent(rank, self._processes[rank].pid, channel, ready, round_trip_us)
 
     def _ended(self, process: AgentProcess, _: object) -> None:
         self.lose(AgentDied(f"agent {process.rank} (pid {process.pid}) ended"))
 
 
-async def _measure_round_trip(channel: SocketChannel[Command, Reply]) -> float:
+async def _measure_round_trip(channel: SocketChannel[Command, Reply], traffic: Traffic) -> float:
+    """Median microseconds."""
     spent = []
     for count in range(_NUM_PINGS):
-        start = time.perf_counter()
-        await channel.send(Ping(count))
-        if await channel.recv(_PING_TIMEOUT_S) != Pong(count):
+        call = Call(time.monotonic_ns())
+        frame = frames.encode(Ping(count))
+        call.encoded_ns, call.frame_bytes = time.monotonic_ns(), len(frame)
+        channel.post(frame)
+        call.sent_ns = time.monotonic_ns()
+        traffic.sent(call, 1)
+        pong = await channel.recv(_PING_TIMEOUT_S)
+        if not isinstance(pong, Pong) or pong.count != count:
             raise ChannelError("a ping was answered by something else")
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent) * 1e6
+        spent.append(time.monotonic_ns() - call.begin_ns)
+        arrived_ns, frame_bytes = channel.arrived_ns, channel.frame_bytes
+        traffic.answered("Ping", call, pong.times, arrived_ns=arrived_ns, frame_bytes=frame_bytes)
+    return statistics.median(spent) / 1e3

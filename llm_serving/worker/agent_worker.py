@@ -14,7 +14,7 @@ from functools import partial
 
 from llm_serving.errors import AgentDied, AgentError, AgentTimeout, ChannelError, Unavailable
 from llm_serving.protocol import Execute, Executed, Failed, Ready, Reply
-from llm_serving.step_arrays import StepInputs, StepResult
+from llm_serving.step_arrays import StepInputs, StepResult, TransferTimes
 from llm_serving.transport import frames
 from llm_serving.transport.arena import Arena
 from llm_serving.transport.shared_memory import sweep_segments
@@ -22,7 +22,8 @@ from llm_serving.worker.agent_group import Agent, AgentGroup
 from llm_serving.worker.flights import Flight, Flights
 from llm_serving.worker.launcher import Launcher
 from llm_serving.worker.segments import Segments
-from llm_serving.worker.step_transfer import StepLimits, read_result, write_inputs
+from llm_serving.worker.step_transfer import StepLimits, read_result, result_bytes, write_inputs
+from llm_serving.worker.traffic import Call
 
 __all__ = ["AgentWorker"]
 
@@ -39,15 +40,20 @@ class AgentWorker:
         max_model_len: int,
         block_size: int,
         num_slots: int = 3,
+        vocab_size: int = 0,
     ) -> None:
         """The limits are those of one step; `num_slots` is how many may be outstanding.
 
+        `vocab_size` is that of the logits which steps may ask for; 0: none will.
         A master with n steps in flight needs 2 n - 1: the first may be lost while the agent has
         still to refuse the others.
         """
         self._launcher = launcher
         self._config = launcher.config
-        self._limits = StepLimits(max_num_seqs, max_num_batched_tokens, max_model_len, block_size)
+        self._limits = StepLimits(
+            max_num_seqs, max_num_batched_tokens, max_model_len, block_size, vocab_size
+        )
+        self.traffic = launcher.traffic
         self._num_slots = num_slots
         self._segments: Segments | None = None
         self._group: AgentGroup | None = None  # None: no agent lives
@@ -90,21 +96,27 @@ class AgentWorker:
         group, segments = self._group, self._segments
         if group is None or segments is None:
             raise AgentDied(self._why_dead)
+        call = Call(time.monotonic_ns())
         arena = segments.inputs
         slot = arena.begin()
         if slot is None:
             raise ChannelError("more steps are outstanding than the segments have slots")
         try:
-            frame = frames.encode(Execute(inputs.step_id, write_inputs(arena, slot, inputs)))
+            tensors = write_inputs(arena, slot, inputs)
+            call.written_ns, call.memory_bytes = time.monotonic_ns(), arena.used_bytes(slot)
+            frame = frames.encode(Execute(inputs.step_id, tensors))
+            call.encoded_ns, call.frame_bytes = time.monotonic_ns(), len(frame)
         except ChannelError:
             arena.release(slot)
             raise
         future: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
-        self._flights.add(Flight(inputs.step_id, slot, future))
+        self._flights.add(Flight(inputs.step_id, slot, future, call))
         if self._timer is None:
             self._set_timer(self._config.step_timeout_s)
         for agent in group.agents:
             _post(group, agent, frame)
+        call.sent_ns = time.monotonic_ns()
+        self.traffic.sent(call, len(group.agents))
         return future
 
     def stalled(self) -> str | None:
@@ -202,7 +214,17 @@ class AgentWorker:
         flight = self._flights.answer(rank, reply.step_id)
         if self._group is None or reply.agent_epoch != self._group.agent_epoch:
             raise ChannelError(f"agent {rank} answered for epoch {reply.agent_epoch}")
-        result = read_result(results, reply)
+        call, channel = flight.call, self._group.agents[rank].channel
+        transfer = TransferTimes(call.begin_ns, call.written_ns, call.sent_ns, time.monotonic_ns())
+        result = read_result(results, reply, transfer)
+        self.traffic.answered(
+            "Execute",
+            call,
+            reply.times,
+            arrived_ns=channel.arrived_ns,
+            frame_bytes=channel.frame_bytes,
+            memory_bytes=result_bytes(result),
+        )
         self._num_failures = 0
         if rank == 0:
             flight.result = result

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llm_serving.errors import AgentError, ChannelError
 from llm_serving.step_arrays import StepResult
+from llm_serving.worker.traffic import Call
 
 __all__ = ["Flight", "Flights"]
 
@@ -22,6 +23,7 @@ class Flight:
     step_id: int
     slot: int  # of the input segment, not to be written again before the flight is over
     future: asyncio.Future[StepResult]
+    call: Call
     num_answers: int = 0
     result: StepResult | None = None
     failure: AgentError | None = None

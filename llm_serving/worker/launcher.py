@@ -23,6 +23,7 @@ from llm_serving.transport.address import Address, format_address
 from llm_serving.transport.listener import Listener, listen
 from llm_serving.transport.socket_folder import SocketFolder, runtime_folder, sweep_sockets
 from llm_serving.worker.agent_group import AgentGroup
+from llm_serving.worker.traffic import Traffic
 
 __all__ = ["Launcher"]
 
@@ -40,17 +41,20 @@ class Launcher:
         *,
         num_ranks: int = 1,
         on_event: Callable[[str], None],
+        traffic: Traffic | None = None,
         stop_grace_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`command` is the argv of an agent; what only one agent is told goes ahead of its options.
 
         `on_event` is given sentences for people: what agents print, losses, restarts.
+        `traffic` counts what travels; None: a new one.
         `stop_grace_s` is how long an agent may take to stop, and again to obey SIGTERM.
         """
         self.config = config
         self.num_ranks = num_ranks
         self.num_restarts = 0
+        self.traffic = traffic or Traffic()
         self._command = command
         self.on_event = on_event
         self._stop_grace_s = stop_grace_s
@@ -112,7 +116,7 @@ class Launcher:
 
     async def _start_group(self, listener: Listener[Command, Reply]) -> AgentGroup:
         self._agent_epoch += 1
-        self._group = group = AgentGroup(self._agent_epoch, self.on_event)
+        self._group = group = AgentGroup(self._agent_epoch, self.on_event, self.traffic)
         try:
             await group.start(
                 self._command, self.num_ranks, self._key, listener, self.config.start_timeout_s

@@ -7,7 +7,6 @@ gauges are read from the master, too.  There is no lock: everything runs on the 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -23,18 +22,22 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-__all__ = ["CONTENT_TYPE", "FINISHED_REASONS", "Metrics", "Stats"]
+from llm_serving.metrics.histogram import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from llm_serving.metrics.steps import StepMetrics
+
+__all__ = ["CONTENT_TYPE", "FINISHED_REASONS", "REQUEST_STAGES", "Metrics", "Stats"]
 
 CONTENT_TYPE: str = CONTENT_TYPE_PLAIN_0_0_4
 FINISHED_REASONS = ("stop", "length", "timeout", "abort", "error")
-# Seconds.  A token of a small model on fast hardware takes well under a millisecond.
-_TOKEN_BUCKETS = (
-    *(0.00025, 0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025),
-    *(0.03, 0.04, 0.06, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
-)
-_REQUEST_BUCKETS = (
-    *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0),
-    *(10.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
+REQUEST_STAGES = (
+    "read",
+    "validate",
+    "tokenize",
+    "queue",
+    "prefill",
+    "decode",
+    "detokenize",
+    "send",
 )
 _LABELS = ("model_name",)
 
@@ -56,29 +59,6 @@ class Stats(Protocol):
     def num_preemptions(self) -> int: ...
 
 
-class _Histogram:
-    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
-        self._name = name
-        self._text = text
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)  # the last: above all bounds
-        self._sum = 0.0
-
-    def observe(self, values: Sequence[float]) -> None:
-        for value in values:
-            self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += sum(values)
-
-    def family(self, labels: Sequence[str]) -> Metric:
-        buckets, total = [], 0
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((str(bound), float(total)))
-        family = HistogramMetricFamily(self._name, self._text, labels=_LABELS)
-        family.add_metric(labels, buckets, self._sum)
-        return family
-
-
 class Metrics(Collector):
     def __init__(
         self,
@@ -86,20 +66,26 @@ class Metrics(Collector):
         read_stats: Callable[[], Stats],
         *,
         build: Mapping[str, str] | None = None,
+        steps: StepMetrics | None = None,
     ) -> None:
-        """`build` becomes the labels of llm_serving_build_info: version, dtype, device, ..."""
+        """`build` becomes the labels of llm_serving_build_info: version, dtype, device, ...
+
+        `steps` is what is known of steps, if anything is.
+        """
         self._labels = (model_name,)
         self._read_stats = read_stats
         self._build = dict(build or {})
+        self._steps = steps
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
         self._num_finished = dict.fromkeys(FINISHED_REASONS, 0)
         self._ttft = _seconds("time_to_first_token", "From arrival to the first token")
-        self._itl = _seconds("inter_token_latency", "Between two tokens", _TOKEN_BUCKETS)
+        self._itl = _seconds("inter_token_latency", "Between two tokens", TOKEN_BUCKETS)
         self._e2e = _seconds("e2e_request_latency", "From arrival to the last token")
         self._queue = _seconds("request_queue_time", "From submission to the first step")
         self._prefill = _seconds("request_prefill_time", "From the first step to the first token")
         self._decode = _seconds("request_decode_time", "From the first token to the last")
+        self._stages = {stage: Histogram(REQUEST_BUCKETS) for stage in REQUEST_STAGES}
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -107,15 +93,15 @@ class Metrics(Collector):
     def observe_step(self, num_tokens: int, intervals_s: Sequence[float]) -> None:
         """A step has yielded so many tokens; `intervals_s` since the one before, where there is."""
         self._num_generated_tokens += num_tokens
-        self._itl.observe(intervals_s)
+        self._itl.observe_all(intervals_s)
 
     def observe_first_token(
         self, num_prompt_tokens: int, *, ttft_s: float, queue_s: float, prefill_s: float
     ) -> None:
         self._num_prompt_tokens += num_prompt_tokens
-        self._ttft.observe((ttft_s,))
-        self._queue.observe((queue_s,))
-        self._prefill.observe((prefill_s,))
+        self._ttft.observe(ttft_s)
+        self._queue.observe(queue_s)
+        self._prefill.observe(prefill_s)
 
     def observe_end(self, finished_reason: str) -> None:
         """A request has ended: one of FINISHED_REASONS."""
@@ -123,8 +109,13 @@ class Metrics(Collector):
 
     def observe_answer(self, *, e2e_s: float, decode_s: float) -> None:
         """A request has ended with all of its answer."""
-        self._e2e.observe((e2e_s,))
-        self._decode.observe((decode_s,))
+        self._e2e.observe(e2e_s)
+        self._decode.observe(decode_s)
+
+    def observe_stages(self, stages_ms: Mapping[str, float]) -> None:
+        """The last byte of an answer has been handed to the socket; stages of REQUEST_STAGES."""
+        for stage, spent_ms in stages_ms.items():
+            self._stages[stage].observe(spent_ms / 1e3)
 
     def render(self) -> bytes:
         """The text exposition format; serve it as CONTENT_TYPE."""
@@ -145,6 +136,9 @@ class Metrics(Collector):
         for histogram in (self._ttft, self._itl, self._e2e, self._queue, self._prefill):
             yield histogram.family(self._labels)
         yield self._decode.family(self._labels)
+        yield self._request_stages()
+        if self._steps is not None:
+            yield from self._steps.collect(_LABELS, self._labels)
         if self._build:
             yield InfoMetricFamily("llm_serving_build", "What is running", value=self._build)
 
@@ -158,6 +152,16 @@ class Metrics(Collector):
         family.add_metric(self._labels, value)
         return family
 
+    def _request_stages(self) -> Metric:
+        family = HistogramMetricFamily(
+            "llm_serving:request_stage_seconds",
+            "Each stage of an answered request, in seconds; together its wall time.",
+            labels=(*_LABELS, "stage"),
+        )
+        for stage, histogram in self._stages.items():
+            histogram.add_to(family, (*self._labels, stage))
+        return family
+
     def _finished(self) -> Metric:
         labels = (*_LABELS, "finished_reason")
         family = CounterMetricFamily("vllm:request_success", "Requests that ended", labels=labels)
@@ -166,5 +170,19 @@ class Metrics(Collector):
         return family
 
 
-def _seconds(name: str, text: str, bounds: Sequence[float] = _REQUEST_BUCKETS) -> _Histogram:
-    return _Histogram(f"vllm:{name}_seconds", f"{text}, in seconds.", bounds)
+class _Seconds(Histogram):
+    """A histogram that is a family of its own."""
+
+    def __init__(self, name: str, text: str, bounds: Sequence[float]) -> None:
+        super().__init__(bounds)
+        self._name = f"vllm:{name}_seconds"
+        self._text = f"{text}, in seconds."
+
+    def family(self, labels: Sequence[str]) -> Metric:
+        family = HistogramMetricFamily(self._name, self._text, labels=_LABELS)
+        self.add_to(family, labels)
+        return family
+
+
+def _seconds(name: str, text: str, bounds: Sequence[float] = REQUEST_BUCKETS) -> _Seconds:
+    return _Seconds(name, text, bounds)
