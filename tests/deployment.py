@@ -18,6 +18,8 @@ from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.step_arrays import StepInputs
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
+from llm_serving.worker.traffic import Traffic
+from tests.scripted_agent import NUM_LOGITS
 
 __all__ = [
     "SCRIPTED",
@@ -58,13 +60,24 @@ class Events:
 class Deployment:
     """A worker around scripted agents, and everything to look at it."""
 
-    def __init__(self, num_ranks: int, config: dict[str, Any], script: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        num_ranks: int,
+        config: dict[str, Any],
+        script: dict[str, Any],
+        traffic: Traffic | None = None,
+    ) -> None:
         self.events = Events()
         self.segments_before = segments()
         command = [*SCRIPTED, "--script", json.dumps(script)]
         settings = AgentConfig(**{"start_timeout_s": START_S, **config})
         self.launcher = Launcher(
-            command, settings, num_ranks=num_ranks, on_event=self.events, stop_grace_s=0.3
+            command,
+            settings,
+            num_ranks=num_ranks,
+            on_event=self.events,
+            traffic=traffic,
+            stop_grace_s=0.3,
         )
         self.worker = AgentWorker(
             self.launcher,
@@ -72,6 +85,7 @@ class Deployment:
             max_num_batched_tokens=64,
             max_model_len=64,
             block_size=16,
+            vocab_size=NUM_LOGITS,
         )
 
     @property

@@ -26,6 +26,7 @@ from llm_serving.step_arrays import StepInputs
 from llm_serving.transport.address import parse_address
 
 FOR_EVER_S = 3600.0
+NUM_LOGITS = 8
 
 
 @dataclass
@@ -104,7 +105,7 @@ class ScriptedRunner:
             top_ids=tops,
             top_logprobs=-tops.astype(np.float32),
             finite=np.ones(len(sampled), np.bool_),
-            logits=np.tile(sampled[inputs.wanted_logits, None], (1, 8)).astype(np.float32),
+            logits=np.tile(sampled[inputs.wanted_logits, None], (1, NUM_LOGITS)).astype(np.float32),
             forward_ns=forward_ns,
             sample_ns=time.monotonic_ns(),
             sampled_ns=time.monotonic_ns(),

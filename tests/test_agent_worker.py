@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import pathlib
 import signal
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -22,12 +25,15 @@ from llm_serving.errors import (
     Unavailable,
 )
 from llm_serving.protocol import Executed, Failed, Pong, StepTimes
+from llm_serving.transport.call_log import CallLog
 from llm_serving.transport.shared_memory import SharedMemory
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
 from llm_serving.worker.segments import Segments
 from llm_serving.worker.step_transfer import StepLimits
-from tests.deployment import SCRIPTED, Deployment, lives, segments, sources, step
+from llm_serving.worker.traffic import Traffic
+from tests.deployment import SCRIPTED, Deployment, lives, segments, sources, step, until
+from tests.scripted_agent import NUM_LOGITS
 
 Deploy = Callable[..., Coroutine[Any, Any, Deployment]]
 
@@ -38,9 +44,12 @@ async def deploy() -> AsyncIterator[Deploy]:
     started: list[Deployment] = []
 
     async def start(
-        num_ranks: int = 1, config: dict[str, Any] | None = None, **script: Any
+        num_ranks: int = 1,
+        config: dict[str, Any] | None = None,
+        traffic: Traffic | None = None,
+        **script: Any,
     ) -> Deployment:
-        started.append(Deployment(num_ranks, config or {}, script))
+        started.append(Deployment(num_ranks, config or {}, script, traffic))
         await started[-1].worker.start()
         return started[-1]
 
@@ -62,8 +71,64 @@ async def test_a_step_goes_there_and_back_with_all_its_columns(deploy: Deploy) -
     assert result.top_logprobs.dtype == np.float32
     assert result.finite.tolist() == [True, True]
     assert result.has_size(2)
-    times = result.times
-    assert 0 < times.received <= times.forward <= times.sample <= times.done
+    times, transfer = result.times, result.transfer
+    stamps = [
+        *(transfer.shm_write, transfer.frame_send, transfer.sent, times.received),
+        *(times.forward, times.sample, times.write, times.done, transfer.shm_read),
+    ]
+    assert stamps[0] > 0
+    assert [s for s in stamps if s != transfer.sent] == sorted({*stamps} - {transfer.sent})
+    assert transfer.frame_send <= transfer.sent <= time.monotonic_ns()
+    assert times.waiting <= times.received
+    assert result.logits.shape == (0, NUM_LOGITS)
+
+
+async def test_the_logits_that_were_asked_for_come_back_in_their_order(deploy: Deploy) -> None:
+    deployed = await deploy()
+    wanted = np.array([2, 0], np.int32)
+    result = await deployed.worker.submit(step(1, 10, 20, 30, wanted_logits=wanted))
+    assert result.logits.dtype == np.float32
+    assert result.logits.tolist() == [[31.0] * NUM_LOGITS, [11.0] * NUM_LOGITS]
+
+
+async def test_calls_and_bytes_are_counted_as_they_travel(deploy: Deploy) -> None:
+    deployed = await deploy()
+    traffic = deployed.worker.traffic
+    num_pings, before = traffic.num_calls["Ping"], dataclasses.replace(traffic)
+    assert num_pings == 200
+    assert (before.memory_bytes_sent, before.memory_bytes_received) == (0, 0)
+    assert before.frame_bytes_sent > 10 * num_pings < before.frame_bytes_received
+    await deployed.run(1, 2, step_id=1)
+    await deployed.run(1, 2, step_id=2, wanted_logits=np.zeros(1, np.int32))
+    assert traffic.num_calls == {"Execute": 2, "Ping": num_pings}
+    small = 2 * (3 * 4 + 1)  # ids, logprobs and nothing of tops for each of two samples; finite
+    assert 2 * NUM_LOGITS < traffic.memory_bytes_received <= 2 * small + 4 * NUM_LOGITS
+    assert traffic.memory_bytes_sent > 2 * len(dataclasses.fields(step(1, 1))) * 4
+    assert traffic.frame_bytes_sent > before.frame_bytes_sent + 2 * 100
+    assert traffic.frame_bytes_received > before.frame_bytes_received + 2 * 50
+
+
+async def test_each_call_has_a_line_in_the_log_while_the_worker_runs(
+    deploy: Deploy, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "calls.csv"
+    log = CallLog(path, transport="tcp+shm", methods=["Execute"])
+    deployed = await deploy(traffic=Traffic(log))
+    await deployed.run(1, 2, step_id=1)
+    await deployed.run(3, step_id=2)
+    await until(lambda: len(path.read_text().splitlines()) == 4)
+    title, header, first, second = path.read_text().splitlines()
+    assert title.endswith("transport: tcp+shm")
+    names = header.split(",")
+    for line, row in ((first, "1"), (second, "2")):
+        call = dict(zip(names, line.split(","), strict=True))
+        assert (call["ID"], call["Method"]) == (row, "Execute")
+        stages = [
+            float(call[f"{name}_ms"]) for name in ("Serialize", "Send", "Recv", "Deserialize")
+        ]
+        assert min(stages) > 0
+        assert sum(stages) <= float(call["Total_ms"]) + 0.001
+    log.close()
 
 
 async def test_steps_side_by_side_resolve_in_order_and_never_mix(deploy: Deploy) -> None:

@@ -27,6 +27,7 @@ from llm_serving.errors import (
 )
 from llm_serving.metrics import REQUEST_STAGES
 from llm_serving.server.service_rate import ServiceRate
+from llm_serving.step_trace import KINDS, StepRecord
 from llm_serving.testing import FakeWorker
 from tests.front_end import SETTINGS, FrontEnd, RawCall, front_end
 
@@ -326,3 +327,21 @@ def test_what_a_description_says_is_no_markup() -> None:
 def test_a_model_needs_a_name() -> None:
     with pytest.raises(ValueError, match="at least one name"):
         type(SETTINGS)(served_names=())
+
+
+async def test_the_trace_has_a_row_for_every_step(front: FrontEnd) -> None:
+    await front.post("/generate", "the cat", max_new_tokens=5)
+    trace = (await front.client.get("/trace")).json()
+    assert trace["columns"] == list(StepRecord._fields)
+    records = [StepRecord(*step) for step in trace["steps"]]
+    assert [KINDS[record.kind] for record in records] == ["prefill", *(["decode"] * 4)]
+    assert all(record.end <= trace["now_ns"] for record in records)
+    last = (await front.client.get("/trace?steps=2")).json()
+    assert last["steps"] == trace["steps"][-2:]
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "x", "1.5", "99999999999", "\u0663"])
+async def test_a_number_of_steps_that_is_none_is_refused(front: FrontEnd, steps: str) -> None:
+    answer = await front.client.get("/trace", params={"steps": steps})
+    assert answer.status_code == 422
+    assert answer.json()["error"].startswith("steps: expected 1 or more, found")

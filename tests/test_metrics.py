@@ -5,7 +5,10 @@ from dataclasses import dataclass, replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llm_serving.metrics import CONTENT_TYPE, FINISHED_REASONS, Metrics
+from llm_serving.metrics import CONTENT_TYPE, FINISHED_REASONS, Metrics, StepMetrics
+from llm_serving.step_trace import AGENT_STAGES, KINDS, MASTER_STAGES
+from llm_serving.worker.traffic import Traffic
+from tests.test_step_trace import record_of
 
 NAMES = {
     "vllm:time_to_first_token_seconds": "histogram",
@@ -23,6 +26,14 @@ NAMES = {
     "vllm:prefix_cache_hits_total": "counter",
     "vllm:num_preemptions_total": "counter",
     "vllm:request_success_total": "counter",
+    "llm_serving:request_stage_seconds": "histogram",
+    "llm_serving:step_stage_seconds": "histogram",
+    "llm_serving:step_period_seconds": "histogram",
+    "llm_serving:step_rows_total": "counter",
+    "llm_serving:step_tokens_total": "counter",
+    "llm_serving:agent_time_share": "gauge",
+    "llm_serving:transport_calls_total": "counter",
+    "llm_serving:transport_bytes_total": "counter",
 }
 
 
@@ -41,7 +52,11 @@ class Monitor:
 
     def __init__(self) -> None:
         self.stats = FakeStats()
-        self.metrics = Metrics("llama2", lambda: self.stats, build={"version": "1.2"})
+        self.traffic = Traffic()
+        self.steps = StepMetrics(self.traffic)
+        self.metrics = Metrics(
+            "llama2", lambda: self.stats, build={"version": "1.2"}, steps=self.steps
+        )
 
     def __getitem__(self, name: str) -> float:
         return self.labelled(name)
@@ -66,7 +81,7 @@ def monitor() -> Monitor:
 def test_every_name_is_there_from_the_start_with_vllms_type(monitor: Monitor) -> None:
     types = {}
     for line in monitor.metrics.render().decode().splitlines():
-        if line.startswith("# TYPE vllm:"):
+        if line.startswith(("# TYPE vllm:", "# TYPE llm_serving:")):
             _, _, name, kind = line.split()
             types[name] = kind
     assert types == NAMES
@@ -149,3 +164,39 @@ def test_two_servers_in_one_process_count_apart() -> None:
     one, other = Monitor(), Monitor()
     one.metrics.observe_end("stop")
     assert other.labelled("vllm:request_success_total", finished_reason="stop") == 0
+
+
+def test_every_stage_of_a_step_is_observed_under_its_kind() -> None:
+    monitor = Monitor()
+    monitor.steps.observe(record_of(1, kind=0))
+    monitor.steps.observe(record_of(2, kind=2))
+    monitor.steps.observe(record_of(3, kind=2))
+    for kind, count in zip(KINDS, (1, 0, 2), strict=True):
+        assert monitor.labelled("llm_serving:step_period_seconds_count", kind=kind) == count
+        period = monitor.labelled("llm_serving:step_period_seconds_sum", kind=kind)
+        assert period == pytest.approx(0.015 * count)
+        spent = {
+            stage: monitor.labelled("llm_serving:step_stage_seconds_sum", kind=kind, stage=stage)
+            for stage in (*AGENT_STAGES, *MASTER_STAGES)
+        }
+        assert sum(spent[stage] for stage in AGENT_STAGES) == pytest.approx(period)
+        assert (spent["forward"], spent["publish"]) == pytest.approx((0.009 * count, 0.004 * count))
+        assert monitor.labelled("llm_serving:step_rows_total", kind=kind) == 4 * count
+        assert monitor.labelled("llm_serving:step_tokens_total", kind=kind) == 5 * count
+
+
+def test_what_travels_is_told_by_method_direction_and_medium() -> None:
+    monitor = Monitor()
+    monitor.traffic.num_calls["Execute"] = 3
+    monitor.traffic.frame_bytes_sent, monitor.traffic.frame_bytes_received = 10, 20
+    monitor.traffic.memory_bytes_sent, monitor.traffic.memory_bytes_received = 30, 40
+    assert monitor.labelled("llm_serving:transport_calls_total", method="Execute") == 3
+    assert monitor.labelled("llm_serving:transport_calls_total", method="Ping") == 0
+    for direction, medium, count in (
+        ("sent", "frame", 10),
+        ("received", "frame", 20),
+        ("sent", "shared_memory", 30),
+        ("received", "shared_memory", 40),
+    ):
+        name = "llm_serving:transport_bytes_total"
+        assert monitor.labelled(name, direction=direction, medium=medium) == count

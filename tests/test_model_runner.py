@@ -166,6 +166,36 @@ def test_every_layer_ticks_and_the_halves_of_a_step_are_stamped_in_order(
     )
     assert len(ticks) == 3
     assert begun <= columns.forward_ns <= ticks[0] <= ticks[2] <= columns.sample_ns
+    assert columns.sample_ns <= columns.sampled_ns <= time.monotonic_ns()
+
+
+def test_logits_that_were_asked_for_are_the_model_s_own_whatever_the_row_samples_with(
+    twin: Twin, runner: ModelRunner
+) -> None:
+    ids = [prompt(n, n) for n in (5, 7, 3)]
+    odd = SamplingParams(temperature=0.3, top_k=2, repetition_penalty=1.7)
+    rows = [
+        Row(ids[0], 0, range(4), sampling=odd),
+        Row(ids[1], 0, range(4, 8)),
+        Row(ids[2], 0, [8]),
+    ]
+    step = make_step(0, rows)
+    plain = runner.execute(step, no_tick)
+    columns = runner.execute(replaced(step, wanted_logits=[2, 0]), no_tick)
+    assert plain.logits.shape == (0, VOCAB_SIZE)
+    assert columns.logits.dtype == np.float32
+    for found, wanted in zip(columns.logits, (ids[2], ids[0]), strict=True):
+        np.testing.assert_allclose(found, twin.logits(wanted)[-1].numpy(), atol=1e-4)
+    assert_same(columns, plain)
+
+
+def test_the_bare_model_is_timed_and_nothing_of_it_stays(twin: Twin) -> None:
+    runner = load(twin.card, max_num_seqs=8)
+    assert set(runner.bare_decode_ms) <= {1, 8}
+    assert runner.bare_decode_ms[1] > 0
+    assert runner.bare_context > 0
+    with pytest.raises(ChannelError, match="step 1 needs the samples of step 0"):
+        runner.execute(make_step(1, [Row([0], 3, [0], source=0)]), no_tick)
 
 
 def test_only_the_row_whose_logits_are_not_finite_is_marked(tmp_path: pathlib.Path) -> None:
@@ -228,6 +258,7 @@ def test_a_step_that_fails_is_not_the_last_one_that_finished(runner: ModelRunner
         ({"history_prompt_lens": [0]}, "history_prompt_lens has 1 entries, expected 2"),
         ({"bias_rows": [0]}, "bias_ids has 0 entries, expected 1"),
         ({"bias_rows": [0], "bias_ids": [3]}, "bias_values has 0 entries, expected 1"),
+        ({"wanted_logits": [9]}, "wanted_logits must lie in 0"),
     ],
 )
 def test_arrays_that_point_outside_are_refused_before_anything_follows_them(

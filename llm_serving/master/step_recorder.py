@@ -23,7 +23,7 @@ class StepStamps:
 
     schedule: int
     build: int
-    follows_pause: bool
+    follows_pause: bool  # or the loss of a step: there is nothing that it could follow on
     update: int = 0
     publish: int = 0
 
@@ -31,17 +31,13 @@ class StepStamps:
 class StepRecorder:
     def __init__(self, observe: Callable[[StepRecord], None]) -> None:
         self._observe = observe
-        self._previous: int | None = None  # when the agent was done with the last step
-
-    def forget(self) -> None:
-        """The next result does not follow on the last one."""
-        self._previous = None
+        self._previous = 0  # when the agent was done with the last step
 
     def record(self, step: Step, stamps: StepStamps, result: StepResult) -> None:
         """The events of `step` have just been published."""
         rows, times, transfer = step.rows, result.times, result.transfer
         previous, waiting = self._previous, times.waiting
-        if stamps.follows_pause or previous is None:
+        if stamps.follows_pause:
             previous = waiting = min(max(stamps.schedule, waiting), times.received)
         self._previous = times.done
         num_decode = sum(

@@ -156,6 +156,7 @@ def _check_overwritable(path: Path) -> None:
 
 def _format(call_id: int, method: str, call: tuple[int, ...]) -> str:
     begin, encoded, sent, arrived, decoded, waiting, received, done, num_out, num_in = call
+    sent = min(sent, received)  # the peer may have it before we are told that it is sent
     on_the_way = max(0, received - max(sent, waiting)) + arrived - done
     stages = (encoded - begin, sent - encoded, on_the_way, decoded - arrived)
     moving_s = sum(stages) / 1e9
