@@ -12,13 +12,12 @@ from llm_serving.api.exchange import Exchange
 from llm_serving.api.names import check_name
 from llm_serving.api.openai_answer import CompletionWords, Model, ModelList
 from llm_serving.api.openai_request import in_openai_words, to_request
-from llm_serving.api.openai_schema import CompletionBody, StreamOptions
+from llm_serving.api.openai_schema import CompletionBody
 from llm_serving.api.schema import read
 from llm_serving.api.settings import ApiSettings
 from llm_serving.api.streaming import opened, send_events, stages_of, whole_output
 from llm_serving.errors import InvalidRequest
 from llm_serving.server.llm_server import GenerationRequest, LLMServer
-from llm_serving.server.output_stream import OutputStream
 
 __all__ = ["Completions", "ModelCard", "Models"]
 
@@ -49,29 +48,14 @@ class Completions(Endpoint):
         self, exchange: Exchange, body: CompletionBody, request: GenerationRequest
     ) -> None:
         async with opened(self._server, request, exchange) as stream:
-            words = self._words(exchange, body, stream)
+            completion_id = f"cmpl-{exchange.request_id}"
+            words = CompletionWords(stream, self._server.tokenizer, body, completion_id)
             if body.stream:
                 await send_events(exchange, stream, words)
             else:
                 events = await whole_output(stream, exchange)
                 answer = msgspec.json.encode(words.answer(events))
                 await exchange.answer(200, answer, stages=stages_of(stream))
-
-    def _words(
-        self, exchange: Exchange, body: CompletionBody, stream: OutputStream
-    ) -> CompletionWords:
-        options = body.stream_options or StreamOptions.model_validate({})
-        return CompletionWords(
-            stream,
-            self._server.tokenizer,
-            completion_id=f"cmpl-{exchange.request_id}",
-            created=int(time.time()),
-            model=body.model,
-            prefix=body.prompt if body.echo else "",
-            has_logprobs=body.logprobs is not None,
-            has_usage=bool(options.include_usage),
-            has_running_usage=bool(options.continuous_usage_stats),
-        )
 
 
 class Models(Endpoint):

@@ -11,11 +11,13 @@ A token is named by its own text; one without (part of a character) by "token_id
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from llm_serving.api.openai_schema import CompletionBody, StreamOptions
 from llm_serving.api.sse import encode_event
 from llm_serving.generation import FinishReason
 from llm_serving.server.output_stream import NO_ID, OutputStream, TokenEvent
@@ -86,28 +88,18 @@ class CompletionWords:
     """One request's output in OpenAI's words: as an `EventFormat`, and as one answer."""
 
     def __init__(
-        self,
-        stream: OutputStream,
-        tokenizer: Tokenizer,
-        *,
-        completion_id: str,
-        created: int,
-        model: str,
-        prefix: str,
-        has_logprobs: bool,
-        has_usage: bool,
-        has_running_usage: bool,
+        self, stream: OutputStream, tokenizer: Tokenizer, body: CompletionBody, completion_id: str
     ) -> None:
-        """`prefix` stands in front of the text.  The two last are about a stream."""
+        options = body.stream_options or StreamOptions.model_validate({})
         self._stream = stream
         self._tokenizer = tokenizer
         self._id = completion_id
-        self._created = created
-        self._model = model
-        self._prefix = prefix
-        self._has_logprobs = has_logprobs
-        self._has_usage = has_usage
-        self._has_running_usage = has_running_usage
+        self._created = int(time.time())
+        self._model = body.model
+        self._prefix = body.prompt if body.echo else ""
+        self._has_logprobs = body.logprobs is not None
+        self._has_usage = bool(options.include_usage)
+        self._has_running_usage = bool(options.continuous_usage_stats)
         self._num_sent = 0  # characters
 
     def event(self, event: TokenEvent) -> bytes:
