@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9]([\w.:/-]*[\w.:-])?", re.ASCII)
+_METHODS = ("Execute", "Ping")  # the calls to an agent that are answered
 _ROUTES = ("/generate", "/generate_stream", "/info", "/health")
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -89,7 +90,17 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stall_s: Seconds = 30.0  # work outstanding and no layer finished for so long: not ready
     max_restarts: Annotated[int, msgspec.Meta(ge=0)] = 5  # within ten minutes
     transport_log: str | None = None  # a file that gets a line for each call to an agent
-    transport_log_methods: tuple[Literal["Execute", "Ping"], ...] | None = None  # None: all
+    transport_log_methods: tuple[str, ...] | None = None  # which calls; None: all
+
+    def __post_init__(self) -> None:
+        if self.transport_log_methods is None:
+            return
+        if unknown := ", ".join(sorted({*self.transport_log_methods} - {*_METHODS})):
+            raise ValueError(
+                f"transport_log_methods: the methods are {', '.join(_METHODS)}; found {unknown!r:.40}"
+            )
+        if self.transport_log is None:
+            raise ValueError("transport_log_methods: there is no transport_log to choose for")
 
 
 class PrecisionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -171,7 +171,17 @@ def test_what_a_killed_server_left_of_its_record_does_not_count(tmp_path: pathli
         (["sevre"], 2, "no command 'sevre'"),
         (["serve", "--help"], 0, "--max-num-batched"),
         (["serve", "--nope"], 2, "No such option"),
-        (["serve", "--task", "2"], 1, "not supported yet"),
+        (["serve", "--task", "2", "--dump-every", "0"], 1, "precision.every: expected `int` >= 1"),
+        (
+            ["serve", "--transport-log-methods", "Foo"],
+            1,
+            "agent.transport_log_methods: the methods",
+        ),
+        (
+            ["serve", "--transport-log-methods", "Ping"],
+            1,
+            "there is no transport_log to choose for",
+        ),
         (["serve", "--task", "3"], 1, "expected 1 (speed) or 2 (precision), found 3"),
         (["serve", "--dtype", "int3"], 1, "model.dtype: expected one of auto, float32"),
         (["stop", "--port", "3"], 1, "no server of yours runs on port 3"),
