@@ -23,55 +23,28 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from llm_serving.agent.model_runner import ModelRunner
-from llm_serving.generation import SamplingParams
-from llm_serving.master.request import Request
-from llm_serving.master.step import Row, Step
-from llm_serving.master.step_inputs import StepInputBuilder
+from llm_serving.agent.bare_loop import BareLoop
 from llm_serving.prepare.cache import find_prepared
 
-MODEL, BLOCK_SIZE, PROMPT, OUTPUT = "smollm2-135m-instruct", 16, 128, 128
+MODEL, PROMPT, OUTPUT = "smollm2-135m-instruct", 128, 128
 
 
-class BareLoop:
-    """Decode steps of `num_rows` rows with nothing around them."""
+def bare_loop(dtype: str, num_rows: int, num_threads: int) -> BareLoop:
+    card = find_prepared(MODEL, dtype)
+    if card is None:
+        sys.exit(f"prepare it first: llm-serving prepare {MODEL} --dtype {dtype}")
+    return BareLoop(
+        card,
+        num_rows=num_rows,
+        prompt_tokens=PROMPT,
+        new_tokens=OUTPUT,
+        num_threads=num_threads,
+    )
 
-    def __init__(self, dtype: str, num_rows: int, num_threads: int) -> None:
-        card = find_prepared(MODEL, dtype)
-        if card is None:
-            sys.exit(f"prepare it first: llm-serving prepare {MODEL} --dtype {dtype}")
-        blocks = -(-(PROMPT + OUTPUT) // BLOCK_SIZE)
-        self._runner = ModelRunner.load(
-            card,
-            device="cpu",
-            max_model_len=PROMPT + OUTPUT,
-            block_size=BLOCK_SIZE,
-            num_blocks=num_rows * blocks,
-            max_num_seqs=num_rows,
-            max_num_batched_tokens=num_rows * PROMPT,
-            num_threads=num_threads,
-            phase=lambda _: None,
-        )
-        self._requests = []
-        for i in range(num_rows):
-            request = Request(f"{i}", [1000 + i] * (PROMPT + OUTPUT), SamplingParams())
-            request.block_table.extend(range(i * blocks, (i + 1) * blocks))
-            self._requests.append(request)
-        self._builder, self._step_id = StepInputBuilder(BLOCK_SIZE), 0
-        self._run(0, PROMPT)
 
-    def ms_per_token(self) -> float:
-        """Mean over the second half of an answer; building the steps is not counted."""
-        spent_s = [self._run(at, 1) for at in range(PROMPT, PROMPT + OUTPUT - 1)]
-        return statistics.mean(spent_s[OUTPUT // 2 :]) * 1000
-
-    def _run(self, start: int, num_tokens: int) -> float:
-        self._step_id += 1
-        rows = [Row(r, start, num_tokens, 0, True) for r in self._requests]
-        inputs = self._builder.build(Step(self._step_id, rows, rows))
-        began = time.perf_counter()
-        self._runner.execute(inputs, lambda: None)
-        return time.perf_counter() - began
+def bare_ms(loop: BareLoop) -> float:
+    """Mean over the second half of an answer; building the steps is not counted."""
+    return statistics.mean(step.step_ms for step in loop.decode()[OUTPUT // 2 :])
 
 
 class Server:
@@ -121,15 +94,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=1)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
-    bare, server = (
-        BareLoop(args.dtype, args.streams, args.threads),
-        Server(args.dtype, args.threads),
-    )
+    bare = bare_loop(args.dtype, args.streams, args.threads)
+    server = Server(args.dtype, args.threads)
     ratios = []
     try:
         print(f"{args.streams} stream(s), {PROMPT} tokens in, {OUTPUT} out, {args.dtype}")
         for _ in range(args.rounds):
-            model_ms, client_ms = bare.ms_per_token(), server.ms_per_token(args.streams)
+            model_ms, client_ms = bare_ms(bare), server.ms_per_token(args.streams)
             ratios.append(client_ms / model_ms)
             print(f"  model {model_ms:6.2f} ms  client {client_ms:6.2f} ms  {ratios[-1]:.3f}")
     finally:

@@ -132,7 +132,9 @@ def serve(
         "agent.num_threads": num_threads,
         "agent.transport": transport,
         "agent.transport_log": transport_log,
-        "agent.transport_log_methods": transport_log_methods and transport_log_methods.split(","),
+        "agent.transport_log_methods": None
+        if transport_log_methods is None
+        else transport_log_methods.split(","),
         "precision.dump_dir": dump_dir,
         "precision.every": dump_every,
         "logging.level": log_level,

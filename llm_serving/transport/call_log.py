@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from llm_serving.errors import ConfigError
@@ -113,8 +114,6 @@ class CallLog:
 
     def close(self, ended: str = "normally") -> None:
         """Write what is left and the summary.  Again: no effect."""
-        if self._file.closed:
-            return
         self.flush()
         seconds = self._clock() - self._began
         self._write(
@@ -132,14 +131,8 @@ class CallLog:
             self._file.flush()
         except OSError as exc:
             self.failure = exc.strerror or str(exc)
-            self._abandon()
-
-    def _abandon(self) -> None:
-        """Close without a further word: closing writes the rest, which fails once more."""
-        try:
-            self._file.close()
-        except OSError:
-            return
+            with suppress(OSError):  # closing tries once more to write the rest
+                self._file.close()
 
 
 def _check_overwritable(path: Path) -> None:

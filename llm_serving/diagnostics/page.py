@@ -1,0 +1,74 @@
+"""How does text for people reach a terminal, or a pipe, so that it reads the same in both?
+
+Tables have no frames; a column's figures have the same number of decimals; a figure that is not
+known is a dash.  Names that came from outside are neither markup nor control characters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+__all__ = ["Page", "figure", "figures"]
+
+_MAX_WIDTH = 100
+
+
+class Page:
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._width = min(self._console.width, _MAX_WIDTH)
+
+    @property
+    def is_unicode(self) -> bool:
+        return self._console.encoding.lower().startswith("utf")
+
+    def heading(self, text: str) -> None:
+        self._print()
+        self._print(self._clean(text), style="bold underline")
+
+    def space(self) -> None:
+        self._print()
+
+    def say(self, text: str) -> None:
+        self._print(self._clean(text))
+
+    def table(self, head: Sequence[str], columns: Iterable[Sequence[str]], left: int = 1) -> None:
+        """Column by column; the first `left` ones are words, the others end at the right."""
+        rows = [*zip(*columns, strict=True)]
+        needed = sum(max(map(len, column)) for column in zip(head, *rows, strict=True))
+        gap = 2 if needed + 2 * len(head) <= self._width else 1
+        table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+        for i, name in enumerate(head):
+            table.add_column(self._clean(name), overflow="fold")
+            table.columns[i].justify = "left" if i < left else "right"
+        for row in rows:
+            table.add_row(*map(self._clean, row))
+        self._print()
+        self._print(table)
+
+    def _print(self, what: str | Table = "", style: str | None = None) -> None:
+        self._console.print(what, style=style, highlight=False, width=self._width)
+
+    def _clean(self, text: str) -> str:
+        printable = "".join(c if c.isprintable() else "?" for c in text)
+        encoding = self._console.encoding
+        return escape(printable.encode(encoding, "replace").decode(encoding))
+
+
+def figures(values: Iterable[float]) -> list[str]:
+    """Those of one column: as many decimals as the largest allows."""
+    column = list(values)
+    largest = max((abs(value) for value in column if not math.isnan(value)), default=0.0)
+    decimals = 4 if largest < 100 else 3 if largest < 1000 else 1
+    return [figure(value, decimals) for value in column]
+
+
+def figure(value: float, decimals: int) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3g}" if abs(value) >= 1e9 else f"{value:,.{decimals}f}"
