@@ -145,7 +145,10 @@ def report(num_rows: int, model_us: float) -> None:
             microseconds(RequestStages()) * num_rows / OUTPUT
         ),
     }
-    print(f"{num_rows} row{"s" * (num_rows > 1)}: a decode step of the model is {model_us / 1e3:.2f} ms")
+    print(
+        f"{num_rows} row{'s' * (num_rows > 1)}: "
+        f"a decode step of the model is {model_us / 1e3:.2f} ms"
+    )
     for what, us in costs.items():
         print(f"  {what:34}{us:8.2f} us")
     total_us = sum(costs.values())

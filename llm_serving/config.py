@@ -96,8 +96,9 @@ class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.transport_log_methods is None:
             return
         if unknown := ", ".join(sorted({*self.transport_log_methods} - {*_METHODS})):
+            known = ", ".join(_METHODS)
             raise ValueError(
-                f"transport_log_methods: the methods are {', '.join(_METHODS)}; found {unknown!r:.40}"
+                f"transport_log_methods: the methods are {known}; found {unknown!r:.40}"
             )
         if self.transport_log is None:
             raise ValueError("transport_log_methods: there is no transport_log to choose for")

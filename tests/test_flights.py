@@ -9,10 +9,11 @@ import pytest
 from llm_serving.errors import AgentDied, ChannelError
 from llm_serving.testing import result_of
 from llm_serving.worker.flights import Flight, Flights
+from llm_serving.worker.traffic import Call
 
 
 def flight(step_id: int, slot: int = 0) -> Flight:
-    return Flight(step_id, slot, asyncio.get_running_loop().create_future())
+    return Flight(step_id, slot, asyncio.get_running_loop().create_future(), Call(0))
 
 
 async def test_a_step_is_over_when_every_rank_has_answered_it() -> None:

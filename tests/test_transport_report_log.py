@@ -51,6 +51,7 @@ def test_without_a_summary_nothing_is_made_up(tmp_path: Path) -> None:
         (f"{TITLE}tcp+shm\nID,Method,Seria", "ends before the line that names its columns"),
         (f"{TITLE}tcp+shm\nID,Method,Serialize_ms,Send_ms", "has no column Recv_ms, Deserialize_"),
         (f"{TITLE.replace('1', '2')}tcp\n{ROW}", "is of format '2,?', and only 1 is known"),
+        (f"\ufeff{TITLE.replace('1', '2')}tcp\n{ROW}", "is of format '2,?', and only 1 is known"),
         (HEAD, "no call was logged yet"),
         (HEAD + SUMMARY, "no call was logged and ended normally"),
         (HEAD + "7,Execute,1.0", "is cut within its first call"),
@@ -148,7 +149,7 @@ def test_the_older_format_is_read_as_people_have_it(
 
 
 def test_a_comma_is_never_taken_for_a_decimal_point(tmp_path: Path) -> None:
-    log = read(tmp_path, older_text().replace(" 0.25 ", " 0,25 "))
+    log = read(tmp_path, older_text().replace(" 0.25 ", " 0,250 "))
     assert log.ids.tolist() == [1, 2]
     assert "2 of 4 rows could not be read" in log.remarks[0]
 
@@ -179,3 +180,8 @@ def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
     assert len(told) == 1
     done, size = told[0]
     assert 4 << 20 <= done <= size == path.stat().st_size
+
+
+def test_a_method_has_only_letters_that_can_be_shown(tmp_path: Path) -> None:
+    log = read(tmp_path, HEAD + ROW.replace("Execute", "Pi\x1bng" + "g" * 99))
+    assert log.methods.tolist() == ["Pi?ng" + "g" * 35]

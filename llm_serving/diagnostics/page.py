@@ -1,7 +1,7 @@
 """How does text for people reach a terminal, or a pipe, so that it reads the same in both?
 
-Tables have no frames; a column's figures have the same number of decimals; a figure that is not
-known is a dash.  Names that came from outside are neither markup nor control characters.
+Tables have no frames; a figure has about five digits, as microseconds and minutes stand beside each
+other, and is a dash if it is not known.  Names that came from outside are neither markup nor control characters.
 """
 
 from __future__ import annotations
@@ -61,14 +61,13 @@ class Page:
 
 
 def figures(values: Iterable[float]) -> list[str]:
-    """Those of one column: as many decimals as the largest allows."""
-    column = list(values)
-    largest = max((abs(value) for value in column if not math.isnan(value)), default=0.0)
-    decimals = 4 if largest < 100 else 3 if largest < 1000 else 1
-    return [figure(value, decimals) for value in column]
+    return [figure(value) for value in values]
 
 
-def figure(value: float, decimals: int) -> str:
+def figure(value: float, decimals: int | None = None) -> str:
+    """By default as many decimals as its size leaves room for."""
     if math.isnan(value):
         return "-"
+    if decimals is None:
+        decimals = next((4 - i for i in range(3) if abs(value) < 10 ** (i + 1)), 1)
     return f"{value:.3g}" if abs(value) >= 1e9 else f"{value:,.{decimals}f}"

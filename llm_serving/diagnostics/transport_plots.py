@@ -179,5 +179,6 @@ def _methods(logs: Sequence[TransportLog]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Without what the text renderer takes for mathematics, and letters that its font lacks."""
-    return text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
+    """Without what the text renderer takes for mathematics, and what its font may lack."""
+    latin = text.encode("latin-1", "replace").decode("latin-1").replace("$", r"\$")
+    return "".join(c if c.isprintable() else "?" for c in latin)
