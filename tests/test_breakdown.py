@@ -94,6 +94,22 @@ def test_the_parts_of_every_node_add_up_to_it(depth: int, seed: int) -> None:
         assert found.broken == []
 
 
+def test_what_two_stages_cover_at_once_is_taken_out_again() -> None:
+    one, two = simulate(2, depth=1)
+    # The answer is on its way until after the next step has been made: a late wake-up.
+    late = dict.fromkeys(("shm_read", "update", "publish", "end"), two.sent + 10000)
+    found = break_down(observation([one._replace(**late), two]))
+    assert named(found.tree, "two of these at once").ms == pytest.approx(-0.19)
+    assert adds_up(found.tree)
+
+
+def test_tokens_of_steps_that_never_had_all_streams_are_not_compared() -> None:
+    records = simulate(40, depth=1, kinds=TWO_ROUNDS)  # one row a step, as with --max-num-seqs 1
+    found = break_down(observation(records, load=client_load(records, streams=2), bare=BARE))
+    assert found.tree.name == "decode step"
+    assert found.bare == "no decode step had 2 rows, as the bare loop has"
+
+
 def test_without_a_load_the_tree_is_of_the_steps_themselves() -> None:
     found = break_down(observation(simulate(40, kinds=TWO_ROUNDS, rows=3)))
     assert found.tree.name == "decode step"

@@ -331,8 +331,9 @@ def test_where_no_loop_can_be_run_the_servers_own_figure_serves(
     ("script", "note"),
     [
         (
-            "import sys; print('a warning', file=sys.stderr); "
-            "sys.exit('llm-serving bare-loop: no prepared model here has the digest abc')",
+            "import sys; say = sys.stderr.write; say('a warning\\n'); "
+            "say('llm-serving bare-loop: no prepared model here has the digest abc\\n'); "
+            "say('another\\n')",
             "the bare loop did not run: no prepared model here has the digest abc; ",
         ),
         ("import sys; sys.exit(3)", "the bare loop did not run: exit code 3; "),

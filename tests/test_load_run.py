@@ -183,6 +183,7 @@ def test_a_request_that_is_lost_is_an_error_by_its_kind(load_test: Shell, api: s
     requests = load_test.run.requests
     assert len(requests) == 20
     for i, record in enumerate(requests):
+        assert record.output_tokens == len(record.token_s)
         if i not in fates:
             assert record.state == "ok"
             continue

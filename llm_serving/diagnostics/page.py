@@ -1,7 +1,8 @@
 """How does text for people reach a terminal, or a pipe, so that it reads the same in both?
 
-Tables have no frames; a figure has about five digits, as microseconds and minutes stand beside each
-other, and is a dash if it is not known.  Names that came from outside are neither markup nor control characters.
+Tables have no frames.  A figure has about five digits, for microseconds and minutes stand beside
+each other, and is a dash if it is not known.  Names that came from outside are neither markup nor
+control characters.
 """
 
 from __future__ import annotations

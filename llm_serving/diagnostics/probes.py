@@ -60,6 +60,7 @@ class Measured:
     arrays: list[ArrayTiming] = field(default_factory=list)
     volumes: list[ArrayTiming] = field(default_factory=list)  # of 16 bits and of 32
     copy_gb_per_s: float | None = None
+    copy_bytes: int = 0  # in one go
     scalars: ScalarCosts | None = None
     findings: list[Finding] = field(default_factory=list)  # what could not be measured
 
@@ -127,6 +128,7 @@ async def _measure_arrays(link: EchoLink, plan: Plan, most: int, measured: Measu
         for bits in (16, 32):
             trip = await volume_trip(link, plan.num_values, bits, plan.budget)
             measured.volumes.append(trip)
+    measured.copy_bytes = most
     measured.copy_gb_per_s = await copy_speed(link, most, plan.budget)
 
 
@@ -136,7 +138,7 @@ def judge(measured: Measured) -> list[Finding]:
         _ping(timing) for timing in measured.round_trips if _is_ping(timing, measured.round_trips)
     ]
     if measured.copy_gb_per_s is not None:
-        findings.append(_copy(measured.copy_gb_per_s))
+        findings.append(_copy(measured.copy_gb_per_s, measured.copy_bytes))
     findings += _gains(measured.round_trips)
     findings += [_arrays(measured.arrays)] if measured.arrays else []
     findings += [_scalars(measured.scalars)] if measured.scalars else []
@@ -162,10 +164,10 @@ def _ping(timing: Timing) -> Finding:
     )
 
 
-def _copy(gb_per_s: float) -> Finding:
+def _copy(gb_per_s: float, num_bytes: int) -> Finding:
     verdict = verdict_of("shared memory copy", gb_per_s)
     cure = THRESHOLDS["shared memory copy"].reason if verdict == "slow" else ""
-    words = f"one core copies {gb_per_s:.1f} GB/s into it"
+    words = f"one core copies {megabytes(num_bytes)} into it at {gb_per_s:.1f} GB/s"
     return Finding("shared memory: copy", verdict, words, cure, {"gb_per_s": gb_per_s})
 
 

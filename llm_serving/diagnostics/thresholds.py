@@ -37,7 +37,10 @@ THRESHOLDS = {
         5000, "us", "a process waits that long for a core: stutters that a stream shows"
     ),
     "shared memory copy": Threshold(
-        2, "GB/s", "one core copies 5 to 20 GB/s; less is swap, or a folder that is no tmpfs", True
+        2,
+        "GB/s",
+        "one core copies 5 GB/s and more; less is swap, or a folder that is no tmpfs",
+        True,
     ),
     "shared memory gain": Threshold(
         1, "times", "at 4 MB fewer copies must beat a socket, or they are not in memory", True

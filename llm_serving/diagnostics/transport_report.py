@@ -175,7 +175,7 @@ def _print_by_method(page: Page, by_method: dict[str, CallStatistics]) -> None:
         figures(sum(e.columns[k].total for k in BYTES) / e.num_calls for e in methods),
         figures(each.throughput_mbps for each in methods),
     ]
-    page.table(("By method", "calls", "Total ms", "median", "p99", "KB a call", "MB/s"), columns)
+    page.table(("By method", "calls", "Total mean", "median", "p99", "KB a call", "MB/s"), columns)
     means = [figures(each.columns[name].mean for each in methods) for name in _STAGES]
     page.table(("Mean ms", *map(_title, _STAGES)), [names, *means])
     percent = [rounded_percent(each.shares) for each in methods]

@@ -6,6 +6,7 @@ A figure of `figures_of` stands in an element that names it: data-figure="ttft.p
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from html import escape
 
@@ -148,5 +149,5 @@ def _number(value: float) -> str:
     """Three digits or more; counts in full."""
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
-    digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
+    digits = min(6, max(0, 2 - math.floor(math.log10(abs(value)))))
     return f"{value:,.{digits}f}"
