@@ -1,0 +1,114 @@
+// What every instruction set offers: plain functions over pointers that work on a part of an operation.
+//
+// The caller divides an operation among threads; no function here starts one, allocates or throws.
+// Rows are tokens.  All pointers of packed data are aligned to 64 bytes.
+//
+// Determinism.  Each output element has one canonical order of arithmetic, which every variant of a
+// kernel keeps (one row, many rows, prefill, decode, any division among threads); it may differ between
+// instruction sets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace llm {
+
+// ---------------------------------------------------------------- linear layers (linear.cpp)
+
+enum class Format : int { f32 = 0, bf16 = 1, i8 = 2, q8_0 = 3, q4_0 = 4, q4_1 = 5 };
+
+constexpr int PANEL = 32;  // output columns that are packed together; n is padded up to it
+
+// A weight [n, k], packed by panels.  `data` is one piece of memory of packed_bytes(format, n, k).
+struct Packed {
+  Format format;
+  int n, k;
+  const uint8_t* data;
+  const float* bias;  // [n] or null
+};
+
+enum class Epilogue : int {
+  store = 0,     // y[row, col]  = value
+  add = 1,       // y[row, col] += value               (the residual)
+  silu_mul = 2,  // gates and up-projections interleaved by half panels: y[row, n / 2 columns]
+};
+
+struct LinearKernels {
+  // Bytes of one row of k activations in the form that `format` multiplies with (bf16, int8 with its
+  // scale, int8 by blocks of 32 with scales and sums ...), a multiple of 64.
+  size_t (*activation_bytes)(Format, int k);
+  // x [rows, k] float32, rows ldx apart -> activations, one after the other.
+  void (*quantize)(Format, const float* x, size_t ldx, int rows, int k, uint8_t* activations);
+  // Panels [panel_begin, panel_end) of rows x weight^T + bias; y rows are ldy floats apart.
+  void (*multiply)(const Packed&, const uint8_t* activations, int rows, int panel_begin, int panel_end,
+                   float* y, size_t ldy, Epilogue);
+};
+
+// ---------------------------------------------------------------- elementwise (elementwise.cpp)
+
+struct ElementwiseKernels {
+  // y = x / sqrt(mean(x^2) + eps) * weight, one row of n.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+  // One head of d at cos, sin [d] (first half of sin negated, see models.rope), in place.
+  void (*rotate)(float* head, const float* cos, const float* sin, int d);
+  // silu(gate) * up, n of each.
+  void (*silu_mul)(const float* gate, const float* up, int n, float* y);
+};
+
+// ---------------------------------------------------------------- attention (attention.cpp)
+
+// The cache of one layer.  Positions stand in tiles of 16 (block_size is a multiple of 16; block b holds
+// tiles b * block_size / 16 ...).  Keys: [tile, kv head, d / 2, 16, 2] (bf16) or [tile, kv head, d, 16]
+// (float32): a vector holds one (pair of) dimension(s) of 16 positions.  Values: [tile, kv head, 8, d, 2]
+// (bf16, pairs of positions) or [tile, kv head, 16, d] (float32).  What was never written may be NaN.
+struct Cache {
+  void* keys;
+  void* values;
+  int block_size, kv_heads, head_dim;
+  bool bf16;
+};
+
+// Rows of a step; see interface.AttentionRows.
+struct Rows {
+  int num_rows;
+  const int32_t* query_starts;  // [num_rows + 1]
+  const int32_t* context_lens;  // [num_rows]
+  const int32_t* block_tables;  // [num_rows, table_width]
+  int table_width;
+};
+
+struct AttentionKernels {
+  // Store one token's keys and values (float32 [kv_heads, d], already rotated) at `slot`.
+  void (*write)(const Cache&, int64_t slot, const float* key, const float* value);
+  // Attention is done in items (a tile of a row's queries, a kv head, a piece of PIECE positions), whose partial
+  // results are combined in order of the pieces by `finish`.  See attention.cpp for sizes.
+  // (filled in by attention.cpp's author)
+};
+
+// ---------------------------------------------------------------- sampling (sampling.cpp)
+
+struct SamplingKernels {
+  // (filled in by sampling.cpp's author)
+};
+
+struct Kernels {
+  const char* name;
+  LinearKernels linear;
+  ElementwiseKernels elementwise;
+  AttentionKernels attention;
+  SamplingKernels sampling;
+};
+
+// One function a source file and instruction set: avx2::linear_kernels(), avx512::linear_kernels(), ...
+#define LLM_DECLARE(isa)                       \
+  namespace isa {                              \
+  LinearKernels linear_kernels();              \
+  ElementwiseKernels elementwise_kernels();    \
+  AttentionKernels attention_kernels();        \
+  SamplingKernels sampling_kernels();          \
+  }
+LLM_DECLARE(avx2)
+LLM_DECLARE(avx512)
+#undef LLM_DECLARE
+
+}  // namespace llm

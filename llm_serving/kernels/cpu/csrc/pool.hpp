@@ -1,0 +1,47 @@
+// The threads that carry out every native operation: the caller and size - 1 workers.
+//
+// A worker that has nothing to do spins for a bounded time, then sleeps on a futex: a neighbour on
+// its core is never fought for long (docs/decisions/0005).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+namespace llm {
+
+class Pool {
+ public:
+  Pool(int size, int spin_us);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int size() const { return size_; }
+
+  // work(thread) on each thread of 0 .. size - 1; returns when all have.  The caller is thread 0.
+  // One call at a time.  `work` must not throw.
+  void run(const std::function<void(int)>& work);
+
+  // Within `run`: nobody goes on until all threads have come.  What was written before is seen after.
+  void barrier();
+
+ private:
+  struct Workers;
+  int size_;
+  std::unique_ptr<Workers> workers_;
+};
+
+// Hands out items 0 .. count - 1 in order, to whoever asks first.  Results must not depend on who did
+// an item.
+class Items {
+ public:
+  void reset() { next_.store(0, std::memory_order_relaxed); }
+  int take() { return next_.fetch_add(1, std::memory_order_relaxed); }
+
+ private:
+  alignas(64) std::atomic<int> next_{0};
+};
+
+}  // namespace llm
