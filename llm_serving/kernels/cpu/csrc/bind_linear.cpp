@@ -1,0 +1,2 @@
+#include "bind.hpp"
+namespace llm { void bind_linear(nanobind::module_&) {} }
