@@ -1,0 +1,239 @@
+#include "plan.hpp"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <new>
+
+namespace llm {
+namespace {
+
+constexpr int FEW_ROWS = 2;       // so few are normed by every thread for itself: cheaper than a barrier
+constexpr int ROW_BLOCK = 128;    // rows of a prompt that meet a range of panels at once
+constexpr int WRITTEN_AT_ONCE = 8;
+constexpr int STAGES_PER_LAYER = 16;
+constexpr int RANGE_PANELS = SUMMARY_COLUMNS / PANEL;
+
+size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int divided_up(int n, int by) { return (n + by - 1) / by; }
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+}  // namespace
+
+Memory::~Memory() { std::free(data_); }
+
+void* Memory::at_least(size_t bytes) {
+  if (bytes > size_) {
+    std::free(data_);
+    size_ = 0;
+    data_ = std::aligned_alloc(64, aligned(bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+    size_ = bytes;
+  }
+  return data_;
+}
+
+// One thread on its way through the stages, of which all threads see the same ones.
+class Plan::Worker {
+ public:
+  Worker(Plan& plan, int thread) : plan_(plan), thread_(thread), began_(plan.is_profiled ? now_ns() : 0) {}
+
+  void run_layer(float* hidden, const LayerWeights& layer, const Cache& cache) {
+    const ModelShape& shape = plan_.shape_;
+    const int rows = plan_.step_.num_tokens, size = shape.hidden_size;
+    const int query_size = shape.num_heads * shape.head_dim, kv_size = shape.num_kv_heads * shape.head_dim;
+    auto* projected = static_cast<float*>(plan_.projected_.at_least(0));
+    auto* attended = static_cast<float*>(plan_.attended_.at_least(0));
+    auto* inner = static_cast<float*>(plan_.inner_.at_least(0));
+
+    prepare(hidden, size, nullptr, rows, layer.input_norm, layer.qkv.format, size);
+    multiply(layer.qkv, rows, projected, query_size + 2 * kv_size, Epilogue::store, QKV);
+    write(layer, cache, projected, query_size, kv_size);
+    attend(cache, projected, attended, query_size + 2 * kv_size, query_size);
+    prepare(attended, query_size, nullptr, rows, nullptr, layer.out.format, query_size);
+    multiply(layer.out, rows, hidden, size, Epilogue::add, OUT);
+    prepare(hidden, size, nullptr, rows, layer.post_norm, layer.gate_up.format, size);
+    multiply(layer.gate_up, rows, inner, shape.intermediate_size, Epilogue::silu_mul, GATE_UP);
+    prepare(inner, shape.intermediate_size, nullptr, rows, nullptr, layer.down.format, shape.intermediate_size);
+    multiply(layer.down, rows, hidden, size, Epilogue::add, DOWN);
+  }
+
+  void run_head(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
+    const Packed& head = plan_.head_;
+    prepare(hidden, plan_.shape_.hidden_size, tokens, count, plan_.final_norm_, head.format, head.k);
+    const int num_panels = divided_up(head.n, PANEL), num_ranges = divided_up(num_panels, RANGE_PANELS);
+    auto* ranges = static_cast<Summary*>(plan_.ranges_.at_least(0));
+    Items& items = next_items();
+    for (int range = items.take(); range < num_ranges; range = items.take()) {
+      const int begin = range * RANGE_PANELS, end = std::min(begin + RANGE_PANELS, num_panels);
+      plan_.kernels_.linear.multiply(head, activations_, count, begin, end, logits, head.n, Epilogue::store);
+      const int first = begin * PANEL, last = std::min(end * PANEL, head.n);
+      for (int row = 0; row < count; row++)
+        ranges[row * num_ranges + range] =
+            plan_.kernels_.sampling.summarise(logits + static_cast<size_t>(row) * head.n + first, first, last);
+    }
+    end_stage(HEAD);
+    Items& merged = next_items();
+    for (int row = merged.take(); row < count; row = merged.take())
+      summaries[row] = plan_.kernels_.sampling.merge(ranges + row * num_ranges, num_ranges);
+  }
+
+ private:
+  Items& next_items() { return plan_.items_[stage_++]; }
+
+  void end_stage(Part part) {
+    plan_.pool_.barrier();
+    if (began_ == 0 || thread_ != 0) return;
+    const int64_t now = now_ns();
+    plan_.spent_ns[part] += now - began_;
+    began_ = now;
+  }
+
+  // Rows of x (all, or those of `tokens`), normed if there are weights, into what `format` multiplies with.
+  void prepare(const float* x, int size, const int32_t* tokens, int rows, const float* norm, Format format, int k) {
+    const size_t stride = plan_.kernels_.linear.activation_bytes(format, k);
+    uint8_t* own = plan_.own_memory(thread_);
+    auto* normed = reinterpret_cast<float*>(own);
+    uint8_t* few = own + plan_.few_offset_;
+    const bool is_few = rows <= FEW_ROWS;
+    activations_ = is_few ? few : static_cast<uint8_t*>(plan_.activations_.at_least(0));
+    const auto one = [&](int row) {
+      const float* from = x + static_cast<size_t>(tokens == nullptr ? row : tokens[row]) * size;
+      if (norm != nullptr) {
+        plan_.kernels_.elementwise.rms_norm(from, norm, plan_.shape_.eps, size, normed);
+        from = normed;
+      }
+      plan_.kernels_.linear.quantize(format, from, size, 1, k, activations_ + row * stride);
+    };
+    Items& items = next_items();
+    if (is_few) {
+      for (int row = 0; row < rows; row++) one(row);
+      return;
+    }
+    for (int row = items.take(); row < rows; row = items.take()) one(row);
+    end_stage(NORM);
+  }
+
+  void multiply(const Packed& weight, int rows, float* y, int ldy, Epilogue epilogue, Part part) {
+    const int num_panels = divided_up(weight.n, PANEL);
+    const int at_once = std::clamp(divided_up(num_panels, 3 * plan_.pool_.size()), 1, 16);
+    const int num_groups = divided_up(num_panels, at_once), num_blocks = divided_up(rows, ROW_BLOCK);
+    const size_t stride = plan_.kernels_.linear.activation_bytes(weight.format, weight.k);
+    Items& items = next_items();
+    for (int item = items.take(); item < num_groups * num_blocks; item = items.take()) {
+      const int row = item / num_groups * ROW_BLOCK, panel = item % num_groups * at_once;
+      plan_.kernels_.linear.multiply(weight, activations_ + row * stride, std::min(ROW_BLOCK, rows - row), panel,
+                                     std::min(panel + at_once, num_panels), y + static_cast<size_t>(row) * ldy,
+                                     ldy, epilogue);
+    }
+    end_stage(part);
+  }
+
+  void write(const LayerWeights& layer, const Cache& cache, float* projected, int query_size, int kv_size) {
+    const ModelShape& shape = plan_.shape_;
+    const Projected in{projected,
+                       projected + query_size,
+                       projected + query_size + kv_size,
+                       static_cast<size_t>(query_size + 2 * kv_size),
+                       shape.num_heads,
+                       layer.query_norm,
+                       layer.key_norm,
+                       shape.eps,
+                       plan_.cos_,
+                       plan_.sin_,
+                       plan_.step_.positions,
+                       plan_.step_.slots};
+    const int rows = plan_.step_.num_tokens;
+    Items& items = next_items();
+    for (int first = items.take() * WRITTEN_AT_ONCE; first < rows; first = items.take() * WRITTEN_AT_ONCE)
+      plan_.kernels_.attention.write(cache, in, first, std::min(first + WRITTEN_AT_ONCE, rows));
+    end_stage(WRITE);
+  }
+
+  void attend(const Cache& cache, const float* query, float* out, int query_stride, int out_stride) {
+    const auto& kernels = plan_.kernels_.attention;
+    const Attended io{query,
+                      static_cast<size_t>(query_stride),
+                      out,
+                      static_cast<size_t>(out_stride),
+                      plan_.shape_.num_heads,
+                      1.0f / std::sqrt(static_cast<float>(cache.head_dim))};
+    uint8_t* scratch = plan_.own_memory(thread_) + plan_.scratch_offset_;
+    auto* partials = static_cast<float*>(plan_.partials_.at_least(0));
+    const auto& tiles = plan_.attention_.tiles();
+    const auto& splits = plan_.attention_.splits();
+    Items& items = next_items();
+    for (size_t i = items.take(); i < tiles.size() * cache.kv_heads; i = items.take())
+      kernels.attend(cache, plan_.step_.rows, io, tiles[i / cache.kv_heads], static_cast<int>(i % cache.kv_heads),
+                     scratch, partials);
+    end_stage(ATTEND);
+    if (splits.empty()) return;
+    Items& combined = next_items();
+    for (size_t i = combined.take(); i < splits.size() * cache.kv_heads; i = combined.take())
+      kernels.combine(cache, io, tiles.data(), splits[i / cache.kv_heads], static_cast<int>(i % cache.kv_heads),
+                      partials);
+    end_stage(ATTEND);
+  }
+
+ private:
+  Plan& plan_;
+  const int thread_;
+  int64_t began_;
+  size_t stage_ = 0;
+  uint8_t* activations_ = nullptr;
+};
+
+Plan::Plan(const Kernels& kernels, Pool& pool, const ModelShape& shape, const float* cos, const float* sin)
+    : kernels_(kernels), pool_(pool), shape_(shape), cos_(cos), sin_(sin) {
+  const int widest = std::max({shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size});
+  for (int format = 0; format <= static_cast<int>(Format::q4_1); format++)
+    activation_bytes_ =
+        std::max(activation_bytes_, kernels.linear.activation_bytes(static_cast<Format>(format), widest));
+  const Cache cache{nullptr, nullptr, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.bf16_cache};
+  few_offset_ = aligned(static_cast<size_t>(widest) * sizeof(float));
+  scratch_offset_ = few_offset_ + FEW_ROWS * activation_bytes_;
+  own_bytes_ = aligned(scratch_offset_ + kernels.attention.scratch_bytes(cache, shape.num_heads));
+  own_.at_least(pool.size() * own_bytes_);
+}
+
+void Plan::begin(const StepTokens& step) {
+  step_ = step;
+  const size_t rows = step.num_tokens;
+  const int query_size = shape_.num_heads * shape_.head_dim, kv_size = shape_.num_kv_heads * shape_.head_dim;
+  attention_.make(step.rows, shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, pool_.size());
+  partials_.at_least(attention_.num_partial_floats() * 4);
+  projected_.at_least(rows * (query_size + 2 * kv_size) * 4);
+  attended_.at_least(rows * query_size * 4);
+  inner_.at_least(rows * shape_.intermediate_size * 4);
+  activations_.at_least(rows * activation_bytes_);
+}
+
+void Plan::run_layers(float* hidden, int start, int stop) {
+  const size_t stages = static_cast<size_t>(stop - start) * STAGES_PER_LAYER;
+  while (items_.size() < stages) items_.emplace_back();
+  for (size_t i = 0; i < stages; i++) items_[i].reset();
+  pool_.run([&](int thread) {
+    Worker worker(*this, thread);
+    for (int i = start; i < stop; i++) {
+      const Cache cache{caches_[i].first,     caches_[i].second, shape_.block_size,
+                        shape_.num_kv_heads, shape_.head_dim,   shape_.bf16_cache};
+      worker.run_layer(hidden, layers_[i], cache);
+    }
+  });
+}
+
+void Plan::logits(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
+  activations_.at_least(static_cast<size_t>(count) * activation_bytes_);
+  ranges_.at_least(sizeof(Summary) * count * divided_up(head_.n, SUMMARY_COLUMNS));
+  while (items_.size() < STAGES_PER_LAYER) items_.emplace_back();
+  for (int i = 0; i < STAGES_PER_LAYER; i++) items_[i].reset();
+  pool_.run([&](int thread) { Worker(*this, thread).run_head(hidden, tokens, count, logits, summaries); });
+}
+
+}  // namespace llm
