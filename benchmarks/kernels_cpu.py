@@ -1,11 +1,11 @@
 """How near are the native kernels to what this machine can do?
 
-    python benchmarks/kernels_cpu.py [--threads 2] [--isa auto] [--formats bf16 i8 ...] [--rows 1 8 16 32]
+    python benchmarks/kernels_cpu.py [--threads 2] [--isa auto] [--formats BF16 I8] [--rows 1 32]
 
-Random weights in SmolLM2-135M's shapes (30 layers and the head).  Each line is all linear layers of a
-decode step of some rows, or of a prefill of 512 rows (without the head, which sees one row): the median ms,
-the rates, and the percentage of the limit, which is max(bytes / read bandwidth, operations / peak) with
-bandwidth and peak measured in this very run, before and after.
+Random weights in SmolLM2-135M's shapes (30 layers and the head).  Each line is all linear layers of
+a decode step of some rows, or of a prefill of 512 rows (without the head, which sees one row): the
+median ms, the rates, and the percentage of the limit, which is max(bytes / read bandwidth,
+operations / peak) with bandwidth and peak measured in this very run (printed again at the end).
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Limits:
         return f"limits: read {self.bandwidth:.1f} GB/s, {peaks}"
 
     def seconds(self, format: str, num_bytes: int, operations: float) -> float:
-        return max(
-            num_bytes / self.bandwidth / 1e9, operations / self.peaks[PEAK_OF[format]] / 1e9
-        )
+        return max(num_bytes / self.bandwidth / 1e9, operations / self.peaks[PEAK_OF[format]] / 1e9)
 
 
 def measure_limits(kernels: _native.Kernels, pool: _native.Pool, data: np.ndarray) -> Limits:
@@ -59,7 +57,7 @@ def aligned(size: int) -> np.ndarray:
 
 
 def random_weight(format: str, shape: tuple[int, int], noise: np.ndarray) -> _native.PackedWeight:
-    """What is timed does not depend on the numbers, but they must be numbers: bytes below 0x38 give small
+    """The numbers do not matter for the time, but they must be numbers: bytes below 0x38 are small
     floats, bfloat16s and float16s."""
     kind = getattr(_native.Format, format)
     data = aligned(_native.packed_bytes(kind, *shape))
