@@ -1,4 +1,4 @@
-"""Packed linear layers against twins in numpy: same quantisation, then float64 or exact integers."""
+"""Packed linear layers against twins in numpy: the same quantisation, float64 or integers."""
 
 from __future__ import annotations
 
