@@ -26,7 +26,7 @@ from llm_serving.prepare.progress import Progress
 from llm_serving.prepare.safetensors_file import write_safetensors
 from llm_serving.prepare.tensors import check_tensors, expected_tensors
 
-__all__ = ["PLAIN", "convert_weights", "gguf_name"]
+__all__ = ["PLAIN", "convert_weights", "gguf_name", "stored_rows"]
 
 PLAIN: dict[Quant, Dtype] = {Quant.F32: "float32", Quant.F16: "float16", Quant.BF16: "bfloat16"}
 _SUPPORTED = {*PLAIN, Quant.Q8_0, Quant.Q4_0, Quant.Q4_1, Quant.Q4_K, Quant.Q5_K, Quant.Q6_K}
@@ -85,7 +85,7 @@ def convert_weights(
         done = 0
         for name in shapes:
             tensor = file.tensors[gguf_name(name)]
-            order = _stored_rows(name, config) if architecture == "LlamaForCausalLM" else None
+            order = stored_rows(name, config) if architecture == "LlamaForCausalLM" else None
             for values, read in _float_pieces(tensor, order):
                 done += read
                 progress.advance(done, total)
@@ -110,7 +110,7 @@ def _check(file: GgufFile, architecture: str, config: ModelConfig) -> None:
             )
 
 
-def _stored_rows(name: str, config: ModelConfig) -> Rows | None:
+def stored_rows(name: str, config: ModelConfig) -> Rows | None:
     """For each of Hugging Face's rows, where llama.cpp's converter put it; None: where it was."""
     if ".q_proj." in name:
         heads = config.num_attention_heads
