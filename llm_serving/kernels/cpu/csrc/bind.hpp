@@ -9,6 +9,8 @@
 namespace llm {
 
 void bind_pool(nanobind::module_&);
+void bind_limits(nanobind::module_&);
+void bind_pack(nanobind::module_&);
 void bind_linear(nanobind::module_&);
 void bind_elementwise(nanobind::module_&);
 void bind_attention(nanobind::module_&);

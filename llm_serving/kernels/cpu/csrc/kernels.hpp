@@ -30,8 +30,22 @@ struct Packed {
 enum class Epilogue : int {
   store = 0,     // y[row, col]  = value
   add = 1,       // y[row, col] += value               (the residual)
-  silu_mul = 2,  // gates and up-projections interleaved by half panels: y[row, n / 2 columns]
+  // Gates and up-projections interleaved by half panels (16 of each): y[row, n / 2 columns]; n is a
+  // multiple of PANEL.
+  silu_mul = 2,
 };
+
+// What weights are packed from: rows of float32, of bfloat16, or of a GGUF file's own blocks.
+enum class Source : int { f32 = 0, bf16 = 1, q8_0 = 2, q4_0 = 3, q4_1 = 4 };
+
+// Bytes of a packed weight [n, k] and of one row of k values in a source (pack.cpp).  i8 needs k <= 65536
+// (its sums are 32 bits), the block formats k in multiples of 32.
+size_t packed_bytes(Format, int n, int k);
+size_t source_bytes(Source, int k);
+// Rows first .. first + count - 1 of [n, k] into `data`, which is packed_bytes long; whoever packs row n - 1
+// also fills the padding.  A block format is packed from its own blocks only, the others from any source.
+// Rows of different panels may be packed at the same time.
+void pack_rows(Format, Source, const uint8_t* rows, int first, int count, int n, int k, uint8_t* data);
 
 struct LinearKernels {
   // Bytes of one row of k activations in the form that `format` multiplies with (bf16, int8 with its
@@ -182,12 +196,24 @@ struct SamplingKernels {
   size_t (*scratch_bytes)(int width);
 };
 
+// ---------------------------------------------------------------- limits (limits.cpp)
+
+// What one thread of this machine can do at most, for the percentages of the benchmarks.
+struct LimitKernels {
+  // Reads all of `size` bytes (a multiple of 1024) once; returns something that depends on them.
+  int32_t (*read)(const uint8_t* data, size_t size);
+  // Multiply-adds of a format (f32, bf16 or i8) from register to register; returns how many operations,
+  // a multiply-add being two.
+  double (*multiply)(Format, long steps);
+};
+
 struct Kernels {
   const char* name;
   LinearKernels linear;
   ElementwiseKernels elementwise;
   AttentionKernels attention;
   SamplingKernels sampling;
+  LimitKernels limits;
 };
 
 // One function a source file and instruction set: avx2::linear_kernels(), avx512::linear_kernels(), ...
@@ -197,6 +223,7 @@ struct Kernels {
   ElementwiseKernels elementwise_kernels();    \
   AttentionKernels attention_kernels();        \
   SamplingKernels sampling_kernels();          \
+  LimitKernels limit_kernels();                \
   }
 LLM_DECLARE(avx2)
 LLM_DECLARE(avx512)

@@ -17,13 +17,15 @@ namespace {
 // Asked for only where the processor has the instruction set.
 const Kernels& avx512_kernels() {
   static const Kernels kernels = {"avx512", avx512::linear_kernels(), avx512::elementwise_kernels(),
-                                  avx512::attention_kernels(), avx512::sampling_kernels()};
+                                  avx512::attention_kernels(), avx512::sampling_kernels(),
+                                  avx512::limit_kernels()};
   return kernels;
 }
 
 const Kernels& avx2_kernels() {
   static const Kernels kernels = {"avx2", avx2::linear_kernels(), avx2::elementwise_kernels(),
-                                  avx2::attention_kernels(), avx2::sampling_kernels()};
+                                  avx2::attention_kernels(), avx2::sampling_kernels(),
+                                  avx2::limit_kernels()};
   return kernels;
 }
 
@@ -77,6 +79,8 @@ NB_MODULE(_native, m) {
   m.def("kernels", &llm::kernels, nb::arg("isa") = "auto", nb::rv_policy::reference,
         "The kernels of `isa`, or of the best instruction set.");
   llm::bind_pool(m);
+  llm::bind_limits(m);
+  llm::bind_pack(m);
   llm::bind_linear(m);
   llm::bind_elementwise(m);
   llm::bind_attention(m);

@@ -6,13 +6,14 @@
 //
 //   load, load(.., count), store, store(.., count)   unaligned; a tail of count lanes, the others are zero
 //   set1, zero, add, sub, mul, div, fma(a, b, c) = a * b + c, max, min
-//   load_i32, broadcast(4 bytes), set1_i32, zero_i32, add_i32, sub_i32, mul_i32, and_bits, shift_right_16<n>
+//   absolute; load_i32, store_i32, broadcast(4 bytes), set1_i32, zero_i32, add_i32, sub_i32, mul_i32, max_i32,
+//   min_i32, keep_i32 (the first count lanes, else 0), and_bits, shift_right_16<n>; as_float, as_bits (no conversion)
 //   to_float, to_int (nearest, ties to even)
 //   load_bf16, load_f16 -> F32; round_bf16(16 floats) -> 16 bf16 at an address; pack_i8 -> 16 bytes
 //   dot_bf16(acc, a, b)   acc + a[0] * b[0] + a[1] * b[1] in each lane
 //   dot_u8s8(acc, u, s)   acc + four products of unsigned and signed bytes in each lane, exact (mod 2^32)
 //   select_less(a, b, x, y)   a < b ? x : y
-//   sum, largest, smallest (fixed tree); exp; silu_mul
+//   sum, largest, smallest (fixed tree), sum_i32; exp; silu_mul
 #pragma once
 
 #include <immintrin.h>
@@ -57,6 +58,13 @@ LLM_INLINE float largest8(__m256 v) {
 LLM_INLINE float sum(F32 v) { return sum8(_mm256_add_ps(low(v), high(v))); }
 LLM_INLINE float largest(F32 v) { return largest8(_mm256_max_ps(low(v), high(v))); }
 LLM_INLINE float smallest(F32 v) { return -largest(sub(set1(-0.0f), v)); }
+
+LLM_INLINE int32_t sum_i32(I32 v) {
+  const __m256i eight = _mm256_add_epi32(low_i32(v), high_i32(v));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
 
 // e^x within 2 units in the last place: 2^n times a polynomial (Cephes expf) of the rest, which is at
 // most ln(2) / 2.  0 below -87.33 (also for -inf), inf above 88.37, NaN for NaN.

@@ -42,6 +42,10 @@ LLM_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
   return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
+LLM_INLINE F32 absolute(F32 v) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, v.lo), _mm256_andnot_ps(sign, v.hi)};
+}
 LLM_INLINE __m256 low(F32 v) { return v.lo; }
 LLM_INLINE __m256 high(F32 v) { return v.hi; }
 
@@ -69,6 +73,15 @@ LLM_INLINE I32 sub_i32(I32 a, I32 b) {
 LLM_INLINE I32 mul_i32(I32 a, I32 b) {
   return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
 }
+LLM_INLINE I32 max_i32(I32 a, I32 b) {
+  return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)};
+}
+LLM_INLINE I32 min_i32(I32 a, I32 b) {
+  return {_mm256_min_epi32(a.lo, b.lo), _mm256_min_epi32(a.hi, b.hi)};
+}
+LLM_INLINE I32 keep_i32(I32 v, int count) {
+  return {_mm256_and_si256(v.lo, tail8(count)), _mm256_and_si256(v.hi, tail8(count - 8))};
+}
 LLM_INLINE I32 and_bits(I32 a, I32 b) {
   return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)};
 }
@@ -76,6 +89,8 @@ template <int n>
 LLM_INLINE I32 shift_right_16(I32 a) {
   return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)};
 }
+LLM_INLINE __m256i low_i32(I32 v) { return v.lo; }
+LLM_INLINE __m256i high_i32(I32 v) { return v.hi; }
 LLM_INLINE F32 as_float(I32 bits) {
   return {_mm256_castsi256_ps(bits.lo), _mm256_castsi256_ps(bits.hi)};
 }
@@ -138,6 +153,12 @@ LLM_INLINE __m256i dot_u8s8_8(__m256i acc, __m256i u, __m256i s) {
 }
 LLM_INLINE I32 dot_u8s8(I32 acc, I32 u, I32 s) {
   return {dot_u8s8_8(acc.lo, u.lo, s.lo), dot_u8s8_8(acc.hi, u.hi, s.hi)};
+}
+
+// The compiler must have the value in a register here, and knows nothing about it after.
+template <class V>
+LLM_INLINE void pin(V& v) {
+  asm volatile("" : "+x"(v.lo), "+x"(v.hi));
 }
 
 }  // namespace ISA

@@ -25,6 +25,7 @@ LLM_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 LLM_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
+LLM_INLINE F32 absolute(F32 v) { return _mm512_abs_ps(v); }
 LLM_INLINE __m256 low(F32 v) { return _mm512_castps512_ps256(v); }
 LLM_INLINE __m256 high(F32 v) { return _mm512_extractf32x8_ps(v, 1); }
 
@@ -40,9 +41,14 @@ LLM_INLINE I32 broadcast(const void* p) {
 LLM_INLINE I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 LLM_INLINE I32 sub_i32(I32 a, I32 b) { return _mm512_sub_epi32(a, b); }
 LLM_INLINE I32 mul_i32(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+LLM_INLINE I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+LLM_INLINE I32 min_i32(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
+LLM_INLINE I32 keep_i32(I32 v, int count) { return _mm512_maskz_mov_epi32(tail(count), v); }
 LLM_INLINE I32 and_bits(I32 a, I32 b) { return _mm512_and_si512(a, b); }
 template <int n>
 LLM_INLINE I32 shift_right_16(I32 a) { return _mm512_srli_epi16(a, n); }
+LLM_INLINE __m256i low_i32(I32 v) { return _mm512_castsi512_si256(v); }
+LLM_INLINE __m256i high_i32(I32 v) { return _mm512_extracti64x4_epi64(v, 1); }
 LLM_INLINE F32 as_float(I32 bits) { return _mm512_castsi512_ps(bits); }
 LLM_INLINE I32 as_bits(F32 v) { return _mm512_castps_si512(v); }
 LLM_INLINE F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
@@ -68,6 +74,12 @@ LLM_INLINE F32 dot_bf16(F32 acc, I32 a, I32 b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
 LLM_INLINE I32 dot_u8s8(I32 acc, I32 u, I32 s) { return _mm512_dpbusd_epi32(acc, u, s); }
+
+// The compiler must have the value in a register here, and knows nothing about it after.
+template <class V>
+LLM_INLINE void pin(V& v) {
+  asm volatile("" : "+v"(v));
+}
 
 }  // namespace ISA
 }  // namespace llm

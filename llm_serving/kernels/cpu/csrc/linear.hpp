@@ -1,0 +1,18 @@
+// The parts of linear.cpp, one function an instruction set.
+#pragma once
+
+#include "layout.hpp"
+
+namespace llm {
+namespace ISA {
+
+void quantize(Format, const float* x, size_t ldx, int rows, int k, uint8_t* activations);
+size_t activation_bytes(Format, int k);
+
+void multiply_words(const Packed&, const uint8_t* activations, int rows, int panel_begin, int panel_end,
+                    float* y, size_t ldy, Epilogue);
+void multiply_blocks(const Packed&, const uint8_t* activations, int rows, int panel_begin, int panel_end,
+                     float* y, size_t ldy, Epilogue);
+
+}  // namespace ISA
+}  // namespace llm

@@ -1,0 +1,144 @@
+// GGUF's blocks of 32 along k, as the file has them: integer sums within a block (exact), then in float,
+// block after block, sum += float(products) * (d * scale), and for q4_1 sum += m * (scale * sum x).
+#include <utility>
+
+#include "epilogue.hpp"
+#include "linear.hpp"
+
+namespace llm {
+namespace ISA {
+namespace {
+
+#if defined(__AVX512BF16__)
+constexpr int TILE_ROWS = 6;
+#else
+constexpr int TILE_ROWS = 1;
+#endif
+constexpr int BLOCK_STEPS = 64;       // blocks of k in one go: 35 to 70 KB of a panel
+constexpr int ROWS = 16 * TILE_ROWS;  // that wait in `sums`
+
+template <Format format>
+constexpr bool BYTES = format == Format::q8_0;
+template <Format format>
+constexpr size_t QUANT_BYTES = (BYTES<format> ? BLOCK : BLOCK / 2) * HALF;  // of half a panel
+
+// Quads 2 * j and 2 * j + 1 of half a panel.
+template <Format format>
+LLM_INLINE void load_quads(const uint8_t* quants, int j, I32& even, I32& odd) {
+  if constexpr (BYTES<format>) {
+    even = load_i32(quants + 128 * j);
+    odd = load_i32(quants + 128 * j + 64);
+  } else {
+    const I32 both = load_i32(quants + 64 * j), mask = set1_i32(0x0f0f0f0f);
+    even = and_bits(both, mask);
+    odd = and_bits(shift_right_16<4>(both), mask);
+  }
+}
+
+// `count` blocks of M rows times a panel: sums [M][PANEL], continued unless `first`.  `scales` of the first
+// row; what is added lies `corrections` bytes after.
+template <Format format, int M>
+void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corrections, size_t row_stride,
+          int count, bool first, float* sums) {
+  F32 acc[M][2];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+    for (int h = 0; h < 2; h++) acc[m][h] = first ? zero() : load(sums + m * PANEL + h * HALF);
+  for (int b = 0; b < count; b++) {
+    I32 dots[M][2];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+      for (int h = 0; h < 2; h++)
+        dots[m][h] =
+            format == Format::q4_1 ? zero_i32() : broadcast(scales + corrections + m * row_stride);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      I32 even[2], odd[2];
+      for (int h = 0; h < 2; h++) load_quads<format>(w + h * QUANT_BYTES<format>, j, even[h], odd[h]);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const I32 first_quad = broadcast(x + m * row_stride + 8 * j);
+        for (int h = 0; h < 2; h++) dots[m][h] = dot_u8s8(dots[m][h], even[h], first_quad);
+        const I32 second_quad = broadcast(x + m * row_stride + 8 * j + 4);
+        for (int h = 0; h < 2; h++) dots[m][h] = dot_u8s8(dots[m][h], odd[h], second_quad);
+      }
+    }
+    const uint16_t* d = reinterpret_cast<const uint16_t*>(w + 2 * QUANT_BYTES<format>);
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++) {
+      const F32 scale = load_f16(d + h * HALF);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++)
+        acc[m][h] = fma(to_float(dots[m][h]), mul(scale, as_float(broadcast(scales + m * row_stride))),
+                        acc[m][h]);
+      if constexpr (format == Format::q4_1) {
+        const F32 minimum = load_f16(d + PANEL + h * HALF);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+          acc[m][h] =
+              fma(minimum, as_float(broadcast(scales + corrections + m * row_stride)), acc[m][h]);
+      }
+    }
+    w += block_bytes(format);
+    x += BLOCK;
+    scales += 4;
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+    for (int h = 0; h < 2; h++) store(sums + m * PANEL + h * HALF, acc[m][h]);
+}
+
+using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, size_t, int, bool, float*);
+
+template <Format format, int... M>
+const Tile* tiles(std::integer_sequence<int, M...>) {
+  static constexpr Tile table[] = {tile<format, M + 1>...};
+  return table;
+}
+
+// A panel times at most ROWS rows.
+template <Format format>
+void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel, float* y,
+                   size_t ldy, Epilogue epilogue) {
+  const Tile* table = tiles<format>(std::make_integer_sequence<int, TILE_ROWS>());
+  const uint8_t* w = weight.data + panel * panel_bytes(format, weight.k);
+  const int blocks = weight.k / BLOCK, groups = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const uint8_t* scales = x + scale_offset(weight.k);
+  alignas(64) float sums[ROWS * PANEL];
+  for (int begin = 0; begin < blocks; begin += BLOCK_STEPS) {
+    const int count = blocks - begin < BLOCK_STEPS ? blocks - begin : BLOCK_STEPS;
+    for (int g = 0; g < groups; g++) {
+      const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
+      table[height - 1](w + begin * block_bytes(format), x + top * row_stride + begin * BLOCK,
+                        scales + top * row_stride + 4 * begin, static_cast<size_t>(blocks) * 4, row_stride,
+                        count, begin == 0, sums + top * PANEL);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    store_panel(weight, panel, load(sums + r * PANEL), load(sums + r * PANEL + HALF), y + r * ldy, epilogue);
+}
+
+template <Format format>
+void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel_begin, int panel_end,
+                     float* y, size_t ldy, Epilogue epilogue) {
+  const size_t stride = activation_bytes(format, weight.k);
+  for (int panel = panel_begin; panel < panel_end; panel++)
+    for (int r = 0; r < rows; r += ROWS)
+      multiply_rows<format>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel,
+                            y + r * ldy, ldy, epilogue);
+}
+
+}  // namespace
+
+void multiply_blocks(const Packed& weight, const uint8_t* x, int rows, int panel_begin, int panel_end,
+                     float* y, size_t ldy, Epilogue epilogue) {
+  if (weight.format == Format::q8_0)
+    multiply_panels<Format::q8_0>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+  else if (weight.format == Format::q4_0)
+    multiply_panels<Format::q4_0>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+  else
+    multiply_panels<Format::q4_1>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+}
+
+}  // namespace ISA
+}  // namespace llm

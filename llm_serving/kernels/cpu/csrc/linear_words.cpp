@@ -1,0 +1,170 @@
+// float32, bfloat16 and int8 by channel: one accumulator for each output element, over k from first to last.
+//
+// A tile is a few rows times a few panels with every accumulator in a register.  Between blocks of k the
+// accumulators wait in `sums`, which changes no bit, so a block of a panel stays in the cache for all rows.
+#include <type_traits>
+#include <utility>
+
+#include "epilogue.hpp"
+#include "linear.hpp"
+
+namespace llm {
+namespace ISA {
+namespace {
+
+#if defined(__AVX512BF16__)
+constexpr int TILE_ROWS = 12, WIDE = 4;
+#else
+constexpr int TILE_ROWS = 3, WIDE = 1;
+#endif
+constexpr int BLOCK_WORDS = 512;           // of k: 64 KB of a panel
+constexpr int ROWS = 8 * TILE_ROWS;        // that wait in `sums`
+constexpr size_t WORD_BYTES = 4 * PANEL;   // of a panel
+
+struct Float32 {
+  using Sum = F32;
+  LLM_INLINE Sum start() { return zero(); }
+  LLM_INLINE Sum resume(const float* p) { return load(p); }
+  LLM_INLINE void keep(float* p, Sum v) { store(p, v); }
+  LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return fma(as_float(w), as_float(x), sum); }
+};
+
+struct BFloat16 : Float32 {
+  LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_bf16(sum, w, x); }
+};
+
+struct Int8 {
+  using Sum = I32;
+  LLM_INLINE Sum start() { return zero_i32(); }
+  LLM_INLINE Sum resume(const float* p) { return load_i32(p); }
+  LLM_INLINE void keep(float* p, Sum v) { store_i32(p, v); }
+  LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_u8s8(sum, w, x); }
+};
+
+// `count` words of M rows times P panels: sums [M][P * PANEL], continued unless `first`.
+template <class Op, int M, int P>
+void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_stride, int count, bool first,
+          float* sums) {
+  typename Op::Sum acc[M][2 * P];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * P; v++)
+      acc[m][v] = first ? Op::start() : Op::resume(sums + m * P * PANEL + v * HALF);
+  for (int i = 0; i < count; i++) {
+    I32 weights[2 * P];
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * P; v++) weights[v] = load_i32(w + v / 2 * panel_stride + v % 2 * 64);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const I32 word = broadcast(x + m * row_stride);
+#pragma GCC unroll 8
+      for (int v = 0; v < 2 * P; v++) acc[m][v] = Op::step(acc[m][v], weights[v], word);
+    }
+    w += WORD_BYTES;
+    x += 4;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * P; v++) Op::keep(sums + m * P * PANEL + v * HALF, acc[m][v]);
+}
+
+using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int, bool, float*);
+
+// tiles[m - 1] has m rows and one panel; wide[p - 1] one row and p panels.
+template <class Op, int... M>
+const Tile* tiles(std::integer_sequence<int, M...>) {
+  static constexpr Tile table[] = {tile<Op, M + 1, 1>...};
+  return table;
+}
+template <class Op, int... P>
+const Tile* wide(std::integer_sequence<int, P...>) {
+  static constexpr Tile table[] = {tile<Op, 1, P + 1>...};
+  return table;
+}
+
+// One row's sums of a panel, `from`, into y.
+template <class Op>
+LLM_INLINE void finish(const Packed& weight, int panel, const float* from, const uint8_t* activations,
+                       float* y, Epilogue epilogue) {
+  if constexpr (!std::is_same_v<Op, Int8>) {
+    (void)activations;
+    store_panel(weight, panel, load(from), load(from + HALF), y, epilogue);
+  } else {
+    const size_t bytes = panel_bytes(Format::i8, weight.k);
+    const uint8_t* scales = weight.data + (panel + 1) * bytes - 8 * PANEL;
+    const RowScale* row = reinterpret_cast<const RowScale*>(activations + scale_offset(weight.k));
+    F32 halves[2];
+    for (int h = 0; h < 2; h++) {
+      const I32 weight_sums = load_i32(scales + (PANEL + h * HALF) * 4);
+      I32 v = sub_i32(load_i32(from + h * HALF), set1_i32(static_cast<int32_t>(128u * row->sum)));
+      v = sub_i32(v, mul_i32(weight_sums, set1_i32(row->zero)));
+      const F32 scale = mul(load(reinterpret_cast<const float*>(scales) + h * HALF), set1(row->scale));
+      halves[h] = mul(to_float(v), scale);
+    }
+    store_panel(weight, panel, halves[0], halves[1], y, epilogue);
+  }
+}
+
+// One row: several panels at once, to have enough independent sums.
+template <class Op>
+void multiply_row(const Packed& weight, const uint8_t* x, int panel_begin, int panel_end, float* y,
+                  Epilogue epilogue) {
+  const Tile* table = wide<Op>(std::make_integer_sequence<int, WIDE>());
+  const size_t bytes = panel_bytes(weight.format, weight.k);
+  alignas(64) float sums[WIDE * PANEL];
+  for (int panel = panel_begin; panel < panel_end;) {
+    const int left = panel_end - panel, width = left < WIDE ? left : WIDE;
+    table[width - 1](weight.data + panel * bytes, bytes, x, 0, words(weight.format, weight.k), true, sums);
+    for (int p = 0; p < width; p++)
+      finish<Op>(weight, panel + p, sums + p * PANEL, x, y, epilogue);
+    panel += width;
+  }
+}
+
+// A panel times at most ROWS rows.
+template <class Op>
+void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel, float* y,
+                   size_t ldy, Epilogue epilogue) {
+  const Tile* table = tiles<Op>(std::make_integer_sequence<int, TILE_ROWS>());
+  const uint8_t* w = weight.data + panel * panel_bytes(weight.format, weight.k);
+  const int num_words = words(weight.format, weight.k), groups = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  alignas(64) float sums[ROWS * PANEL];
+  for (int begin = 0; begin < num_words; begin += BLOCK_WORDS) {
+    const int count = num_words - begin < BLOCK_WORDS ? num_words - begin : BLOCK_WORDS;
+    for (int g = 0; g < groups; g++) {
+      const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
+      table[height - 1](w + begin * WORD_BYTES, 0, x + top * row_stride + 4 * begin, row_stride, count,
+                        begin == 0, sums + top * PANEL);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    finish<Op>(weight, panel, sums + r * PANEL, x + r * row_stride, y + r * ldy, epilogue);
+}
+
+template <class Op>
+void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel_begin, int panel_end,
+                     float* y, size_t ldy, Epilogue epilogue) {
+  if (rows == 1) return multiply_row<Op>(weight, x, panel_begin, panel_end, y, epilogue);
+  const size_t stride = activation_bytes(weight.format, weight.k);
+  for (int panel = panel_begin; panel < panel_end; panel++)
+    for (int r = 0; r < rows; r += ROWS)
+      multiply_rows<Op>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel,
+                        y + r * ldy, ldy, epilogue);
+}
+
+}  // namespace
+
+void multiply_words(const Packed& weight, const uint8_t* x, int rows, int panel_begin, int panel_end,
+                    float* y, size_t ldy, Epilogue epilogue) {
+  if (weight.format == Format::f32)
+    multiply_panels<Float32>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+  else if (weight.format == Format::bf16)
+    multiply_panels<BFloat16>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+  else
+    multiply_panels<Int8>(weight, x, rows, panel_begin, panel_end, y, ldy, epilogue);
+}
+
+}  // namespace ISA
+}  // namespace llm
