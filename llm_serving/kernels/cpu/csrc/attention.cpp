@@ -50,7 +50,7 @@ LLM_INLINE F32 exp2(F32 x) {
   return mul(p, power_of_two(n));
 }
 
-float exp2(float x) { return sum(exp2(set1(x))) / LANES; }
+float exp2(float x) { return _mm256_cvtss_f32(low(exp2(set1(x)))); }
 
 constexpr int padded(int d) { return (d + LANES - 1) / LANES * LANES; }
 
@@ -149,11 +149,11 @@ LLM_INLINE float soften(float* scores, int visible, int num_tiles, float* max, f
   const float shrink = old == now ? 1.0f : old == -INFINITE ? 0.0f : exp2(old - now);
   F32 total = mul(load(lanes), set1(shrink));
   const F32 minus = set1(now == -INFINITE ? 0.0f : now);
-  const F32 hidden = set1(-INFINITE);
+  const F32 least = set1(std::numeric_limits<float>::lowest());
   for (int t = 0; t < num_tiles; t++) {
     const F32 s = load(scores + t * TILE);
     F32 w = exp2(sub(s, minus));
-    if (visible < (t + 1) * TILE) w = select_less(hidden, s, w, zero());
+    if (visible < (t + 1) * TILE) w = select_less(s, least, zero(), w);
     total = add(total, w);
     if constexpr (bf16)
       round_bf16(reinterpret_cast<uint16_t*>(weights) + t * TILE, w);
@@ -308,7 +308,7 @@ void attend_piece(const Cache& cache, const int32_t* blocks, const AttentionTile
     const Chunk chunk = find_chunk(cache, blocks, kv_head, begin, end);
     for (int g = 0; g < num_groups; g++) {
       const int first = rows * g / num_groups, last = rows * (g + 1) / num_groups;
-      int visible[MOST_ROWS];
+      int visible[MOST_ROWS] = {};
       for (int m = first; m < last; m++) visible[m - first] = tile.first_position + m / group + 1 - begin;
       if (visible[last - first - 1] > 0) attend_rows<bf16>(last - first, chunk, d, visible, first, scratch, part);
     }

@@ -182,12 +182,14 @@ static_assert(sizeof(SamplingRecord) == 48);
 struct SamplingKernels {
   // Columns [begin, end) of a row, `logits` pointing at column begin; end - begin <= SUMMARY_COLUMNS.
   Summary (*summarise)(const float* logits, int begin, int end);
-  // Ranges in their order -> the row.
+  // All ranges of a row in their order -> the row.
   Summary (*merge)(const Summary* ranges, int count);
+  // The largest and its lowest column, where -inf is allowed; max is NaN if there is none or any is inf or NaN.
+  Summary (*best)(const float* logits, int width);
   // The columns of the `count` largest, in order of (logit down, column up); count <= width.
   void (*top)(const float* logits, int width, int count, int32_t* ids, void* scratch);
-  // A draw from logits [width] (finite maximum; -inf allowed), temperature > 0, as
-  // llm_serving/agent/drawing.py does it; `max` is the largest.
+  // A draw from logits [width], temperature > 0, as llm_serving/agent/drawing.py does it; -inf is allowed, but
+  // not for `max`, the largest.
   int32_t (*draw)(const float* logits, int width, float max, const SamplingRecord&, double uniform,
                   void* scratch);
   // Bytes of scratch for `top` and `draw`, aligned to 64.
