@@ -10,14 +10,23 @@ from typing import Literal
 
 import msgspec
 
-__all__ = ["CARD_VERSION", "DERIVED_TENSORS", "Dtype", "ModelCard", "ModelConfig", "RopeScaling"]
+__all__ = [
+    "CARD_VERSION",
+    "DERIVED_TENSORS",
+    "Dtype",
+    "ModelCard",
+    "ModelConfig",
+    "RopeScaling",
+    "Weights",
+]
 
-CARD_VERSION = 1  # raised when what is cached changes its meaning
+CARD_VERSION = 2  # raised when what is cached changes its meaning
 
 # How the names of tensors end that old checkpoints carry though they follow from the configuration
 DERIVED_TENSORS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Weights = Literal["float32", "bfloat16", "int8", "native"]  # how packed linear layers are stored
 
 
 class RopeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -85,3 +94,5 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bos_token_id: int | None = None
     eos_token_ids: list[int] = []
     chat_template: str | None = None
+    packed: str | None = None  # instead: a file for the native kernels, in the form `packed_as`
+    packed_as: Weights | None = None

@@ -6,6 +6,7 @@ step that take their input from there.  Calls are synchronous, one at a time, fr
 
 from __future__ import annotations
 
+import pathlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ from llm_serving.agent.sampler import Sampler
 from llm_serving.agent.step_check import StepLimits, check_step
 from llm_serving.agent.warm_up import bare_decode_ms, warm_up_steps
 from llm_serving.errors import ChannelError, ConfigError
+from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.kernels.interface import Kernels
 from llm_serving.kernels.selection import select_device, select_kernels
 from llm_serving.model_card import CARD_VERSION, ModelCard
-from llm_serving.models.attention_metadata import AttentionMetadata, MetadataBuilder
+from llm_serving.models.attention_metadata import MetadataBuilder
 from llm_serving.models.checkpoint import load_weights
-from llm_serving.models.layers import PlainLinears
+from llm_serving.models.layers import PlainLinears, StepContext
 from llm_serving.models.llama import LlamaModel
+from llm_serving.models.packed import NativePlan, NativeSteps, load_packed
 from llm_serving.models.rope import rotary_table
 from llm_serving.step_arrays import StepInputs
 
@@ -35,6 +39,7 @@ __all__ = ["ModelRunner", "StepColumns"]
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+TOKENS_PER_TICK = 2048  # a native plan runs so many layers times tokens in one call
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,9 +81,18 @@ class ModelRunner:
         self._device = device
         self._num_layers = card.config.num_hidden_layers
         table = rotary_table(card.config, max_model_len, device)
-        self._metadata = MetadataBuilder(
-            kernels, table, cache.layers, cache.block_size, DTYPES[card.dtype]
-        )
+        self._steps: MetadataBuilder | NativeSteps
+        self._tokens_per_tick = 1
+        if isinstance(kernels, NativeKernels):
+            caches, size = cache.layers, cache.block_size
+            plan = NativePlan(model, card.config, kernels, table, caches, size)
+            model.plan = plan
+            self._steps = NativeSteps(kernels, plan, table, caches, size)
+            self._tokens_per_tick = TOKENS_PER_TICK
+        else:
+            self._steps = MetadataBuilder(
+                kernels, table, cache.layers, cache.block_size, DTYPES[card.dtype]
+            )
         self._sampler = Sampler(self.vocab_size, max_num_seqs)
         self._limits = StepLimits(
             self.vocab_size, max_model_len, cache.num_blocks, cache.block_size
@@ -112,7 +126,7 @@ class ModelRunner:
         _check_card(card, max_model_len)
         torch.set_num_threads(num_threads)
         where = select_device(device)
-        kernels = select_kernels(where)
+        kernels = select_kernels(where, num_threads if card.packed else None)
         phase("read weights")
         model = _read_model(card, kernels, where)
         phase("allocate KV cache")
@@ -172,7 +186,7 @@ class ModelRunner:
         check_step(inputs, self._limits)
         ids = self._input_ids(inputs)
         with torch.inference_mode():
-            step = self._metadata.build(
+            step = self._steps.build(
                 inputs.positions,
                 inputs.slots,
                 inputs.query_starts,
@@ -209,14 +223,16 @@ class ModelRunner:
     def _forward(
         self,
         ids: npt.NDArray[np.int64],
-        step: AttentionMetadata,
+        step: StepContext,
         logit_positions: Ints,
         tick: Callable[[], None],
     ) -> torch.Tensor:
         """Logits of the sampling rows, float32 [num_samples, vocab]."""
         hidden = self._model.embed(self._tensor(ids))
-        for layer in range(self._num_layers):
-            hidden = self._model.run_layers(hidden, step, layer, layer + 1)
+        at_once = max(1, self._tokens_per_tick // len(ids))
+        for first in range(0, self._num_layers, at_once):
+            last = min(first + at_once, self._num_layers)
+            hidden = self._model.run_layers(hidden, step, first, last)
             tick()
         sampling = self._tensor(logit_positions.astype(np.int64))
         return self._model.logits(hidden.index_select(0, sampling))
@@ -263,6 +279,10 @@ def _check_card(card: ModelCard, max_model_len: int) -> None:
 
 
 def _read_model(card: ModelCard, kernels: Kernels, device: torch.device) -> LlamaModel:
+    if card.packed is not None:
+        if not isinstance(kernels, NativeKernels):
+            raise ConfigError(f"weights: {card.name} is packed for the native kernels")
+        return load_packed(PackedFile(pathlib.Path(card.packed)), card.config, kernels)
     dtype = DTYPES[card.dtype]
     linears = PlainLinears(kernels, dtype, device)
     model = LlamaModel(card.config, linears, kernels, dtype, device)

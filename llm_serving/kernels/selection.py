@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.kernels.interface import Kernels
 from llm_serving.kernels.reference import ReferenceKernels
 
@@ -33,7 +34,12 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def select_kernels(device: torch.device) -> Kernels:
+def select_kernels(device: torch.device, native_threads: int | None = None) -> Kernels:
+    """`native_threads`: the threads of the native CPU kernels, if the model is packed for them."""
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device: no kernels for {device.type}")
+    if native_threads is not None:
+        if device.type != "cpu":
+            raise ConfigError(f"device: the weights are packed for the CPU, not for {device.type}")
+        return NativeKernels(native_threads)
     return ReferenceKernels()

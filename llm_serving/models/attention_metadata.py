@@ -27,6 +27,21 @@ class AttentionMetadata:
     slots: torch.Tensor  # [tokens] int64: where each token's key and value go
     attention: PagedAttention
     caches: Sequence[LayerCache]  # one a layer of the model
+    kernels: Kernels
+
+    def rotate_and_store(
+        self, layer: int, query_key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate [t, h + k, d], store the keys and values [t, k, d]; the rotated queries [t, h, d]."""
+        keys, values = self.caches[layer]
+        return self.kernels.rotary_and_cache_write(
+            query_key, value, self.rotation, self.slots, keys, values
+        )
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """[t, h, d] attends to everything its row has stored: [t, h * d]."""
+        keys, values = self.caches[layer]
+        return self.attention(query, keys, values)
 
 
 class MetadataBuilder:
@@ -61,7 +76,9 @@ class MetadataBuilder:
             self._sin.index_select(0, at).to(self._dtype).unsqueeze(1),
         )
         attention = self._kernels.paged_attention(rows, self._dtype, self._device)
-        return AttentionMetadata(rotation, self._tensor(slots), attention, self._caches)
+        return AttentionMetadata(
+            rotation, self._tensor(slots), attention, self._caches, self._kernels
+        )
 
     def _tensor(self, array: Ints) -> torch.Tensor:
         """A copy as int64: torch warns of arrays that it must not write."""

@@ -16,9 +16,23 @@ from typing import Protocol
 
 import torch
 
-from llm_serving.kernels.interface import Kernels
+from torch.nn import functional
 
-__all__ = ["Linear", "LinearFactory", "LinearPart", "PlainLinear", "PlainLinears", "RmsNorm"]
+from llm_serving.kernels.interface import Kernels
+from llm_serving.model_card import ModelConfig
+
+__all__ = [
+    "Embedding",
+    "LayerPlan",
+    "Linear",
+    "LinearFactory",
+    "LinearPart",
+    "PlainEmbedding",
+    "PlainLinear",
+    "PlainLinears",
+    "RmsNorm",
+    "StepContext",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +54,56 @@ class LinearFactory(Protocol):
     def __call__(
         self, name: str, in_features: int, out_features: int, parts: Sequence[LinearPart]
     ) -> Linear: ...
+
+
+class Embedding(Protocol):
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """[vocab, hidden] for a head that is tied to it; None: the head has its own."""
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """[t] int64 -> [t, hidden]."""
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
+class StepContext(Protocol):
+    """What all layers of one step share: where its tokens stand, and who attends to what."""
+
+    def rotate_and_store(
+        self, layer: int, query_key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Rotate [t, h + k, d], store the keys and values [t, k, d]; the rotated queries [t, h, d]."""
+
+    def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
+        """[t, h, d] attends to everything its row has stored: [t, h * d]."""
+
+
+class LayerPlan(Protocol):
+    """Layers that a backend carries out by itself, in one call."""
+
+    def covers(self, start: int, stop: int) -> int:
+        """How many of the layers from `start` on, up to `stop`, it carries out in a row."""
+
+    def run(self, hidden: torch.Tensor, step: StepContext, start: int, stop: int) -> torch.Tensor:
+        """The residual stream after layers [start, stop)."""
+
+    has_head: bool
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """If it has the head: as `LlamaModel.logits`."""
+
+
+class PlainEmbedding:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        shape = (config.vocab_size, config.hidden_size)
+        self.weight = torch.empty(shape, dtype=dtype, device=device)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return functional.embedding(ids, self.weight)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"model.embed_tokens.weight": self.weight}
 
 
 @dataclass(frozen=True, slots=True)

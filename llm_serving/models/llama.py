@@ -13,12 +13,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
 from llm_serving.kernels.interface import Kernels
 from llm_serving.model_card import ModelConfig
-from llm_serving.models.attention_metadata import AttentionMetadata, LayerCache
-from llm_serving.models.layers import LinearFactory, LinearPart, RmsNorm
+from llm_serving.models.layers import (
+    Embedding,
+    LayerPlan,
+    LinearFactory,
+    LinearPart,
+    PlainEmbedding,
+    RmsNorm,
+    StepContext,
+)
 
 __all__ = ["LlamaModel"]
 
@@ -31,36 +37,45 @@ class LlamaModel:
         kernels: Kernels,
         dtype: torch.dtype,
         device: torch.device,
+        embedding: Embedding | None = None,
     ) -> None:
         """Memory for the weights, not filled: see `tensors`."""
         parts = _Parts(config, linears, kernels, dtype, device)
-        shape = (config.vocab_size, config.hidden_size)
-        self.embedding = torch.empty(shape, dtype=dtype, device=device)
-        self.layers = [_Layer(parts, f"model.layers.{i}") for i in range(config.num_hidden_layers)]
+        self.embedding = embedding or PlainEmbedding(config, dtype, device)
+        self.layers = [_Layer(parts, i) for i in range(config.num_hidden_layers)]
+        self.plan: LayerPlan | None = None  # of the layers that a backend carries out by itself
         self.norm = parts.norm("model.norm", config.hidden_size)
-        tied_to = self.embedding if config.tie_word_embeddings else None
+        tied_to = self.embedding.weight if config.tie_word_embeddings else None
         head = LinearPart("lm_head", config.vocab_size, tied_to=tied_to)
         self.head = linears("lm_head", config.hidden_size, config.vocab_size, (head,))
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """[tokens] -> the residual stream [tokens, hidden]."""
-        return functional.embedding(ids, self.embedding)
+        return self.embedding(ids)
 
     def run_layers(
-        self, hidden: torch.Tensor, step: AttentionMetadata, start: int, stop: int
+        self, hidden: torch.Tensor, step: StepContext, start: int, stop: int
     ) -> torch.Tensor:
         """The residual stream after layers [start, stop); their keys and values are stored."""
-        for i in range(start, stop):
-            hidden = self.layers[i](hidden, step, step.caches[i])
+        while start < stop:
+            planned = 0 if self.plan is None else self.plan.covers(start, stop)
+            if self.plan is not None and planned:
+                hidden = self.plan.run(hidden, step, start, start + planned)
+                start += planned
+            else:
+                hidden = self.layers[start](hidden, step)
+                start += 1
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of these rows of the residual stream after the last layer, float32 [rows, vocab]."""
+        if self.plan is not None and self.plan.has_head:
+            return self.plan.logits(hidden)
         return self.head(self.norm(hidden)).float()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Checkpoint name -> the memory to fill; a tied head has none of its own."""
-        found = {"model.embed_tokens.weight": self.embedding}
+        found = self.embedding.tensors()
         for layer in self.layers:
             found |= layer.tensors()
         return found | self.norm.tensors() | self.head.tensors()
@@ -86,17 +101,15 @@ class _Parts:
 
 
 class _Layer:
-    def __init__(self, parts: _Parts, name: str) -> None:
-        size = parts.config.hidden_size
+    def __init__(self, parts: _Parts, index: int) -> None:
+        name, size = f"model.layers.{index}", parts.config.hidden_size
         self.input_norm = parts.norm(f"{name}.input_layernorm", size)
-        self.attention = _Attention(parts, f"{name}.self_attn")
+        self.attention = _Attention(parts, f"{name}.self_attn", index)
         self.post_attention_norm = parts.norm(f"{name}.post_attention_layernorm", size)
         self.mlp = _Mlp(parts, f"{name}.mlp")
 
-    def __call__(
-        self, hidden: torch.Tensor, step: AttentionMetadata, cache: LayerCache
-    ) -> torch.Tensor:
-        attended = self.attention(self.input_norm(hidden), step, cache)
+    def __call__(self, hidden: torch.Tensor, step: StepContext) -> torch.Tensor:
+        attended = self.attention(self.input_norm(hidden), step)
         hidden, normed = self.post_attention_norm.after_add(attended, hidden)
         return hidden + self.mlp(normed)
 
@@ -108,7 +121,7 @@ class _Layer:
 class _Attention:
     """Grouped-query attention (Ainslie et al. 2023)."""
 
-    def __init__(self, parts: _Parts, name: str) -> None:
+    def __init__(self, parts: _Parts, name: str, layer: int) -> None:
         config = parts.config
         dim, heads = config.head_dim, config.num_attention_heads
         kv_heads = config.num_key_value_heads
@@ -122,19 +135,15 @@ class _Attention:
         self.head_norms: Sequence[RmsNorm] = ()
         if config.qk_norm:
             self.head_norms = [parts.norm(f"{name}.{part}_norm", dim) for part in ("q", "k")]
-        self._heads, self._kv_heads, self._dim = heads, kv_heads, dim
-        self._rotary_and_cache_write = parts.kernels.rotary_and_cache_write
+        self._heads, self._kv_heads, self._dim, self._layer = heads, kv_heads, dim, layer
 
-    def __call__(self, x: torch.Tensor, step: AttentionMetadata, cache: LayerCache) -> torch.Tensor:
-        keys, values = cache
+    def __call__(self, x: torch.Tensor, step: StepContext) -> torch.Tensor:
         qkv = self.qkv(x).view(len(x), -1, self._dim)
         query_key, value = qkv[:, : -self._kv_heads], qkv[:, -self._kv_heads :]
         if self.head_norms:
             query_key = self._norm_heads(query_key)
-        query = self._rotary_and_cache_write(
-            query_key, value, step.rotation, step.slots, keys, values
-        )
-        return self.out(step.attention(query, keys, values))
+        query = step.rotate_and_store(self._layer, query_key, value)
+        return self.out(step.attend(self._layer, query))
 
     def _norm_heads(self, query_key: torch.Tensor) -> torch.Tensor:
         query, key = query_key[:, : self._heads], query_key[:, self._heads :]

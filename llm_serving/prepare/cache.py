@@ -23,6 +23,7 @@ from collections.abc import Callable
 import msgspec
 
 from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.layout import LAYOUT_VERSION
 from llm_serving.model_card import CARD_VERSION, ModelCard
 from llm_serving.prepare.locking import exclusive, is_held
 from llm_serving.prepare.sources import Source, cache_home, find_source
@@ -32,14 +33,18 @@ __all__ = ["cache_home", "find_prepared", "load", "prepared_key", "store"]
 Build = Callable[[pathlib.Path, pathlib.Path], ModelCard]
 
 
-def find_prepared(model: str, dtype: str) -> ModelCard | None:
-    """The card of `model`, if it was prepared and nothing has changed since; else None."""
+def find_prepared(model: str, dtype: str, weights: str | None = None) -> ModelCard | None:
+    """The card of `model`, if it was prepared and nothing has changed since; else None.
+
+    `weights`: see `prepare`.
+    """
     source = find_source(model)
-    return None if source is None else load(prepared_key(source, dtype))
+    return None if source is None else load(prepared_key(source, dtype, weights))
 
 
-def prepared_key(source: Source, dtype: str) -> str:
-    parts = (CARD_VERSION, dtype, str(source.path), source.files())
+def prepared_key(source: Source, dtype: str, weights: str | None = None) -> str:
+    layout = None if weights is None else LAYOUT_VERSION
+    parts = (CARD_VERSION, layout, weights, dtype, str(source.path), source.files())
     return hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:32]
 
 

@@ -17,26 +17,32 @@ from llm_serving.prepare.download import pull
 from llm_serving.prepare.dtypes import DTYPES, cpu_has_bfloat16
 from llm_serving.prepare.gguf_file import GgufFile
 from llm_serving.prepare.gguf_model import main_type, read_gguf_model
+from llm_serving.prepare.gguf_rows import GgufRows
 from llm_serving.prepare.gguf_tokenizer import bos_and_eos_ids, build_gguf_tokenizer
 from llm_serving.prepare.gguf_weights import PLAIN, convert_weights
 from llm_serving.prepare.hf_folder import read_hf_folder
+from llm_serving.prepare.hf_rows import HfRows
 from llm_serving.prepare.hf_tokenizer import build_hf_tokenizer, read_chat_template
 from llm_serving.prepare.hub import download_snapshot
+from llm_serving.prepare.packing import PACKED, choose_packing, pack_model
 from llm_serving.prepare.progress import Progress
 from llm_serving.prepare.sources import Source, find_source, is_hub_id
 
 __all__ = ["prepare"]
 
 
-def prepare(model: str, dtype: str, progress: Progress) -> ModelCard:
+def prepare(model: str, dtype: str, progress: Progress, weights: str | None = None) -> ModelCard:
     """The card of `model`, converted into the cache if it is not there yet.
+
+    `weights`: how the native kernels shall find them (auto, float32, bfloat16, int8 or native), if the
+    model is one that they can run; None: it is for the reference kernels.
 
     Raises ConfigError, in one sentence, for whatever keeps the model from being served.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is not known; known: auto, {', '.join(DTYPES)}")
     source = _fetch(model, progress)
-    key = prepared_key(source, dtype)
+    key = prepared_key(source, dtype, weights)
     card = load(key)
     if card is not None:
         progress.say(f"{source.name} is prepared already")
@@ -44,8 +50,8 @@ def prepare(model: str, dtype: str, progress: Progress) -> ModelCard:
 
     def build(partial: pathlib.Path, final: pathlib.Path) -> ModelCard:
         make = _prepare_gguf if source.is_gguf else _prepare_folder
-        made = make(source, dtype, partial, final, progress)
-        if prepared_key(source, dtype) != key:
+        made = make(source, dtype, weights, partial, final, progress)
+        if prepared_key(source, dtype, weights) != key:
             raise ConfigError(f"{source.path} changed while it was read; try again")
         return made
 
@@ -68,7 +74,12 @@ def _fetch(model: str, progress: Progress) -> Source:
 
 
 def _prepare_gguf(
-    source: Source, dtype: str, partial: pathlib.Path, final: pathlib.Path, progress: Progress
+    source: Source,
+    dtype: str,
+    weights: str | None,
+    partial: pathlib.Path,
+    final: pathlib.Path,
+    progress: Progress,
 ) -> ModelCard:
     progress.phase("read the file")
     file = GgufFile(source.path)
@@ -88,8 +99,15 @@ def _prepare_gguf(
             f"{config.vocab_size} rows"
         )
     tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
-    progress.phase(f"convert the weights from {kind} to {target}")
-    convert_weights(file, architecture, config, target, partial / "model.safetensors", progress)
+    packing = choose_packing(weights, dtype, kind, config, progress)
+    if packing is not None:
+        target = packing.dtype
+        progress.phase(f"pack the weights, {kind}, as {packing.weights}")
+        rows = GgufRows(file, architecture, config)
+        pack_model(rows, config, packing.weights, partial / PACKED, progress)
+    else:
+        progress.phase(f"convert the weights from {kind} to {target}")
+        convert_weights(file, architecture, config, target, partial / "model.safetensors", progress)
     template = file.metadata.get("tokenizer.chat_template")
     progress.phase("fingerprint the file")
     with source.path.open("rb") as content:
@@ -101,7 +119,9 @@ def _prepare_gguf(
         architecture=architecture,
         config=config,
         dtype=target,
-        weights=[str(final / "model.safetensors")],
+        weights=[] if packing else [str(final / "model.safetensors")],
+        packed=str(final / PACKED) if packing else None,
+        packed_as=packing.weights if packing else None,
         weights_kind=kind,
         tokenizer=str(final / "tokenizer.json"),
         digest=digest,
@@ -132,7 +152,12 @@ def _check_room(folder: pathlib.Path, needed: int) -> None:
 
 
 def _prepare_folder(
-    source: Source, dtype: str, partial: pathlib.Path, final: pathlib.Path, progress: Progress
+    source: Source,
+    dtype: str,
+    weights: str | None,
+    partial: pathlib.Path,
+    final: pathlib.Path,
+    progress: Progress,
 ) -> ModelCard:
     progress.phase("check the checkpoint")
     found = read_hf_folder(source.path)
@@ -145,6 +170,11 @@ def _prepare_folder(
     build_hf_tokenizer(source.path).save(str(partial / "tokenizer.json"), pretty=False)
     tokenizer_digest = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
     automatic = found.stated_dtype or found.weights_dtype
+    packing = choose_packing(weights, dtype, found.weights_dtype, found.config, progress)
+    if packing is not None:
+        progress.phase(f"pack the weights, {found.weights_dtype}, as {packing.weights}")
+        pack_model(HfRows(found.weights), found.config, packing.weights, partial / PACKED, progress)
+        automatic = packing.dtype
     return ModelCard(
         version=CARD_VERSION,
         name=source.name,
@@ -152,7 +182,9 @@ def _prepare_folder(
         architecture=found.architecture,
         config=found.config,
         dtype=next((known for known in DTYPES if known == dtype), automatic),
-        weights=[str(path) for path in found.weights],
+        weights=[] if packing else [str(path) for path in found.weights],
+        packed=str(final / PACKED) if packing else None,
+        packed_as=packing.weights if packing else None,
         weights_kind=found.weights_dtype,
         tokenizer=str(final / "tokenizer.json"),
         digest=hashlib.sha256((found.digest + tokenizer_digest).encode()).hexdigest(),

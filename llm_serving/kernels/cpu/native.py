@@ -9,10 +9,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-__all__ = ["LAYOUT_VERSION", "TILE", "native", "why_not"]
-
-LAYOUT_VERSION = 1  # of packed weights; raised when csrc/layout.hpp changes
-TILE = 16  # tokens of the cache that stand together: block_size is a multiple
+__all__ = ["native", "why_not"]
 
 _module: ModuleType | None = None
 _reason = ""

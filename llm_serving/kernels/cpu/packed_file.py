@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm_serving.errors import ConfigError
-from llm_serving.kernels.cpu.native import LAYOUT_VERSION
+from llm_serving.kernels.cpu.layout import LAYOUT_VERSION
 
 __all__ = ["PackedFile", "PackedWriter", "Part"]
 

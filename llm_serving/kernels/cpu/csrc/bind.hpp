@@ -15,5 +15,6 @@ void bind_linear(nanobind::module_&);
 void bind_elementwise(nanobind::module_&);
 void bind_attention(nanobind::module_&);
 void bind_sampling(nanobind::module_&);
+void bind_plan(nanobind::module_&);
 
 }  // namespace llm

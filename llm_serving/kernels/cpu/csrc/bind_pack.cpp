@@ -59,6 +59,17 @@ void pack(Pool& pool, Format format, Source source, const Rows& rows, const Byte
   });
 }
 
+// An embedding: rows of `source` [n, bytes of a row] -> values [ids, k].
+void unpack(Source source, const Rows& rows, const nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig>& ids,
+            const nb::ndarray<float, nb::ndim<2>, nb::c_contig>& values) {
+  const int k = static_cast<int>(values.shape(1)), count = static_cast<int>(ids.size());
+  require(rows.shape(1) == source_bytes(source, k), "rows must have the bytes of k values of this source");
+  require(values.shape(0) == ids.size(), "values must have a row for each id");
+  for (int i = 0; i < count; i++)
+    require(ids.data()[i] >= 0 && static_cast<size_t>(ids.data()[i]) < rows.shape(0), "ids must be rows");
+  unpack_rows(source, rows.data(), k, ids.data(), count, values.data());
+}
+
 size_t checked_packed_bytes(Format format, int n, int k) {
   check_shape(format, n, k);
   return packed_bytes(format, n, k);
@@ -93,6 +104,8 @@ void bind_pack(nb::module_& m) {
       .def_ro("format", &PackedWeight::format)
       .def_ro("n", &PackedWeight::n)
       .def_ro("k", &PackedWeight::k);
+  m.def("unpack", &unpack, "source"_a, "rows"_a, "ids"_a, "values"_a,
+        "Some rows (uint8 views [n, bytes of a row]) as float32 into values [ids, k].");
   m.def("packed_bytes", &checked_packed_bytes, "format"_a, "n"_a, "k"_a,
         "Bytes that a packed weight [n, k] needs, aligned to 64.");
   m.def("pack", &pack, "pool"_a, "format"_a, "source"_a, "rows"_a, "data"_a, "n"_a, "k"_a, "first"_a = 0,

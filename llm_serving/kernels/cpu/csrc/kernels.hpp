@@ -47,6 +47,9 @@ size_t source_bytes(Source, int k);
 // Rows of different panels may be packed at the same time.
 void pack_rows(Format, Source, const uint8_t* rows, int first, int count, int n, int k, uint8_t* data);
 
+// Rows ids[0 .. count) of a source, as float32 [count, k].
+void unpack_rows(Source, const uint8_t* rows, int k, const int32_t* ids, int count, float* values);
+
 struct LinearKernels {
   // Bytes of one row of k activations in the form that `format` multiplies with (bf16, int8 with its
   // scale, int8 by blocks of 32 with scales and sums ...), a multiple of 64.

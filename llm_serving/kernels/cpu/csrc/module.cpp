@@ -85,4 +85,5 @@ NB_MODULE(_native, m) {
   llm::bind_elementwise(m);
   llm::bind_attention(m);
   llm::bind_sampling(m);
+  llm::bind_plan(m);
 }

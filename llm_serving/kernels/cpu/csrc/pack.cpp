@@ -166,4 +166,9 @@ void pack_rows(Format format, Source source, const uint8_t* rows, int first, int
   }
 }
 
+void unpack_rows(Source source, const uint8_t* rows, int k, const int32_t* ids, int count, float* values) {
+  const size_t row_bytes = source_bytes(source, k);
+  for (int i = 0; i < count; i++) read_row(source, rows + ids[i] * row_bytes, k, values + static_cast<size_t>(i) * k);
+}
+
 }  // namespace llm

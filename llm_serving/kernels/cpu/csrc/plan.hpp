@@ -43,7 +43,10 @@ struct StepTokens {
 // Grows, never shrinks; aligned to 64 bytes, not cleared.
 class Memory {
  public:
+  Memory() = default;
   ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
   void* at_least(size_t bytes);
 
  private:
@@ -58,6 +61,9 @@ class Plan {
  public:
   // cos, sin: [max_model_len, head_dim], see models.rope.
   Plan(const Kernels&, Pool&, const ModelShape&, const float* cos, const float* sin);
+
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
 
   void add_layer(const LayerWeights& weights) { layers_.push_back(weights); }
   void set_head(const float* norm, const Packed& weight) { final_norm_ = norm, head_ = weight; }

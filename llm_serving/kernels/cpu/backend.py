@@ -1,0 +1,30 @@
+"""The native CPU kernels behind the interface of all kernels.
+
+The products of a packed model go through its plan; what is asked for operation by operation falls
+back to the reference, but for attention, whose cache has a layout of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.native import native, why_not
+from llm_serving.kernels.reference import ReferenceKernels
+
+__all__ = ["NativeKernels"]
+
+
+class NativeKernels(ReferenceKernels):
+    backend: ClassVar[str] = "native"
+
+    def __init__(self, num_threads: int, isa: str = "auto", spin_us: int = 200) -> None:
+        """Raises ConfigError where the kernels cannot run."""
+        if reason := why_not():
+            raise ConfigError(f"the native kernels cannot run here: {reason}")
+        self.module: Any = native()
+        self.kernels: Any = self.module.kernels(isa)
+        self.pool: Any = self.module.Pool(num_threads, spin_us)
+
+    def backends(self) -> dict[str, str]:
+        return dict.fromkeys(super().backends(), f"native ({self.kernels.isa})")
