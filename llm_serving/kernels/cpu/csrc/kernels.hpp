@@ -61,15 +61,21 @@ struct LinearKernels {
 // ---------------------------------------------------------------- elementwise (elementwise.cpp)
 
 struct ElementwiseKernels {
-  // y = x / sqrt(mean(x^2) + eps) * weight, one row of n.
+  // y = x / sqrt(mean(x^2) + eps) * weight, one row (or head) of n; y may be x.
   void (*rms_norm)(const float* x, const float* weight, float eps, int n, float* y);
+  // residual += x, then y = rms_norm(residual); y may be x.
+  void (*add_rms_norm)(const float* x, float* residual, const float* weight, float eps, int n, float* y);
   // One head of d at cos, sin [d] (first half of sin negated, see models.rope), in place.
   void (*rotate)(float* head, const float* cos, const float* sin, int d);
-  // silu(gate) * up, n of each.
+  // silu(gate) * up, n of each; y may be either.
   void (*silu_mul)(const float* gate, const float* up, int n, float* y);
 };
 
-// ---------------------------------------------------------------- attention (attention.cpp)
+// ---------------------------------------------------------------- attention (attention*.cpp)
+
+constexpr int TILE = 16;    // positions that stand together in the cache
+constexpr int PIECE = 256;  // positions whose attention is one partial result
+constexpr int MAX_HEAD_DIM = 1024;
 
 // The cache of one layer.  Positions stand in tiles of 16 (block_size is a multiple of 16; block b holds
 // tiles b * block_size / 16 ...).  Keys: [tile, kv head, d / 2, 16, 2] (bf16) or [tile, kv head, d, 16]
@@ -91,18 +97,103 @@ struct Rows {
   int table_width;
 };
 
-struct AttentionKernels {
-  // Store one token's keys and values (float32 [kv_heads, d], already rotated) at `slot`.
-  void (*write)(const Cache&, int64_t slot, const float* key, const float* value);
-  // Attention is done in items (a tile of a row's queries, a kv head, a piece of PIECE positions), whose partial
-  // results are combined in order of the pieces by `finish`.  See attention.cpp for sizes.
-  // (filled in by attention.cpp's author)
+// What the projection of a step's tokens gave: heads x d queries, kv_heads x d keys and values a token.
+struct Projected {
+  float* query;  // normed (if query_norm), then rotated in place
+  float* key;    // likewise
+  const float* value;
+  size_t stride;  // floats from one token to the next, of all three
+  int heads;
+  const float* query_norm;  // [d] weights of a norm per head (Qwen3), or null
+  const float* key_norm;
+  float eps;
+  const float* cos;  // [max_model_len, d]
+  const float* sin;
+  const int32_t* positions;  // [tokens]
+  const int32_t* slots;      // [tokens] block * block_size + offset
 };
 
-// ---------------------------------------------------------------- sampling (sampling.cpp)
+struct Attended {
+  const float* query;  // [tokens, heads, d], rotated
+  size_t query_stride;
+  float* out;  // [tokens, heads, d]
+  size_t out_stride;
+  int heads;
+  float scale;  // d ** -0.5
+};
+
+// Some tokens of a row and some pieces of their context: the unit of work, times the kv heads.
+struct AttentionTile {
+  int row;
+  int first_token, num_tokens;  // of the step
+  int first_position;           // of first_token in its sequence
+  int piece_begin, piece_end;
+  int64_t partial;  // first float of its partial results; -1: it has all pieces and writes the output
+};
+
+// The tiles [tile_begin, tile_end) of one token range, whose partial results make its output.
+struct AttentionSplit {
+  int tile_begin, tile_end;
+};
+
+// A partial result: accumulators [rows, padded d], maxima [rows], sums [rows], rows = tokens x heads a kv
+// head.  Floats of it, a multiple of 16:
+constexpr size_t partial_floats(int rows, int head_dim) {
+  const size_t padded = static_cast<size_t>(head_dim + 15) / 16 * 16;
+  return (static_cast<size_t>(rows) * (padded + 2) + 15) / 16 * 16;
+}
+
+struct AttentionKernels {
+  // Tokens [begin, end): norm, rotate, store keys and values.  Different tokens may be written at the same time.
+  void (*write)(const Cache&, const Projected&, int begin, int end);
+  // Bytes of scratch of one thread, aligned to 64.
+  size_t (*scratch_bytes)(const Cache&, int heads);
+  // One tile and kv head.  Every key it sees has been written.  `partials` may be null if nothing is split.
+  void (*attend)(const Cache&, const Rows&, const Attended&, const AttentionTile&, int kv_head,
+                 void* scratch, float* partials);
+  // The output of a split, once all its tiles are attended.
+  void (*combine)(const Cache&, const Attended&, const AttentionTile* tiles, AttentionSplit, int kv_head,
+                  float* partials);
+};
+
+// ---------------------------------------------------------------- sampling (sampling*.cpp)
+
+constexpr int SUMMARY_COLUMNS = 2048;  // columns of a logit row that are summed up as one
+
+// What a range of columns amounts to.  Ranges must be those of SUMMARY_COLUMNS, so that a row's bits do not
+// depend on who took which.
+struct Summary {
+  float max;        // NaN or inf if any logit is not finite
+  int32_t arg_max;  // the lowest column of the largest
+  float sum;        // of e^(x - max)
+};
+
+// SAMPLING_DTYPE of llm_serving/generation.py, byte for byte.
+struct SamplingRecord {
+  uint64_t seed;
+  float temperature;
+  int32_t top_k;
+  float top_p, min_p, typical_p;
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  int32_t num_logprobs, sample_index;
+};
+static_assert(sizeof(SamplingRecord) == 48);
 
 struct SamplingKernels {
-  // (filled in by sampling.cpp's author)
+  // Columns [begin, end) of a row, `logits` pointing at column begin; end - begin <= SUMMARY_COLUMNS.
+  Summary (*summarise)(const float* logits, int begin, int end);
+  // All ranges of a row in their order -> the row.
+  Summary (*merge)(const Summary* ranges, int count);
+  // The largest and its lowest column, where -inf is allowed; max is NaN if there is none or any is inf or NaN.
+  Summary (*best)(const float* logits, int width);
+  // The columns of the `count` largest, in order of (logit down, column up); count <= width.
+  void (*top)(const float* logits, int width, int count, int32_t* ids, void* scratch);
+  // A draw from logits [width], temperature > 0, as llm_serving/agent/drawing.py does it; -inf is allowed, but
+  // not for `max`, the largest.
+  int32_t (*draw)(const float* logits, int width, float max, const SamplingRecord&, double uniform,
+                  void* scratch);
+  // Bytes of scratch for `top` and `draw`, aligned to 64.
+  size_t (*scratch_bytes)(int width);
 };
 
 // ---------------------------------------------------------------- limits (limits.cpp)

@@ -1,0 +1,397 @@
+// Paged attention: scores, online softmax and weighted sum, CHUNK positions at a time.
+//
+// Order of arithmetic of one query and head, whoever shares its tile: the positions of a piece in chunks
+// of 64 from the piece's first position; a score adds up over the head's dimensions in order (two at a time
+// in bfloat16); the weights' sum runs in 16 lanes; an accumulator adds up over positions in order (two at a
+// time in bfloat16) and is rescaled when a chunk begins.  Pieces are then folded in order.  What lies beyond
+// a query is masked, so it adds an exact zero; what lies beyond all queries of a group is never read into a
+// result.  With a bfloat16 cache, queries (times scale and log2(e)) and weights are rounded to bfloat16.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "attention_plan.hpp"
+#include "exp2.hpp"
+#include "vec.hpp"
+
+namespace llm {
+namespace ISA {
+namespace {
+
+constexpr int CHUNK = 64;
+constexpr int CHUNK_TILES = CHUNK / TILE;
+#ifdef __AVX512F__
+constexpr int MOST_ROWS = 6, MOST_COLUMNS = 4;  // accumulators that fit the registers: rows x vectors
+#else
+constexpr int MOST_ROWS = 3, MOST_COLUMNS = 2;
+#endif
+constexpr float INFINITE = std::numeric_limits<float>::infinity();
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 32 bits of the cache: two bfloat16 or one float.
+template <bool bf16>
+LLM_INLINE F32 dot(F32 acc, I32 a, I32 b) {
+  if constexpr (bf16)
+    return dot_bf16(acc, a, b);
+  else
+    return fma(as_float(a), as_float(b), acc);
+}
+
+constexpr int padded(int d) { return (d + LANES - 1) / LANES * LANES; }
+
+struct Partial {
+  float* acc;  // [rows, padded d]
+  float* max;  // [rows], in units of log2
+  float* sum;  // [rows]
+};
+
+Partial partial_at(float* place, int rows, int d) {
+  float* max = place + static_cast<size_t>(rows) * padded(d);
+  return {place, max, max + rows};
+}
+
+// What a thread works with; see scratch_bytes.
+struct Scratch {
+  uint32_t* query;    // [rows, steps]
+  float* lanes;       // [rows, 16] sums of weights
+  float* scores;      // [MOST_ROWS, CHUNK]
+  uint32_t* weights;  // [MOST_ROWS, CHUNK]
+  float* own;         // two partial results
+  float* other;
+};
+
+size_t lay_out(Scratch& scratch, void* memory, int rows, int d) {
+  size_t used = 0;
+  const auto take = [&](size_t num_floats) {
+    float* place = memory == nullptr ? nullptr : static_cast<float*>(memory) + used;
+    used += (num_floats + 15) / 16 * 16;
+    return place;
+  };
+  scratch.query = reinterpret_cast<uint32_t*>(take(static_cast<size_t>(rows) * padded(d)));
+  scratch.lanes = take(static_cast<size_t>(rows) * LANES);
+  scratch.scores = take(MOST_ROWS * CHUNK);
+  scratch.weights = reinterpret_cast<uint32_t*>(take(MOST_ROWS * CHUNK));
+  scratch.own = take(partial_floats(rows, d));
+  scratch.other = take(partial_floats(rows, d));
+  return used * sizeof(float);
+}
+
+size_t scratch_bytes(const Cache& cache, int heads) {
+  Scratch scratch;
+  const int group = heads / cache.kv_heads;
+  return lay_out(scratch, nullptr, group * tile_tokens(group), cache.head_dim);
+}
+
+// One chunk of one kv head's cache, tile by tile.
+struct Chunk {
+  const char* keys[CHUNK_TILES];
+  const char* values[CHUNK_TILES];
+};
+
+// Scores of `rows` queries and `tiles` tiles of 16 positions.
+template <bool bf16, int rows, int tiles>
+LLM_INLINE void score_tiles(const uint32_t* query, int steps, const char* const* keys, float* scores) {
+  F32 acc[rows][tiles];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; t++) acc[m][t] = zero();
+  for (int step = 0; step < steps; step++) {
+    I32 key[tiles];
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; t++) key[t] = load_i32(keys[t] + static_cast<size_t>(step) * 64);
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++) {
+      const I32 q = broadcast(query + static_cast<size_t>(m) * steps + step);
+#pragma GCC unroll 8
+      for (int t = 0; t < tiles; t++) acc[m][t] = dot<bf16>(acc[m][t], key[t], q);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+    for (int t = 0; t < tiles; t++) store(scores + m * CHUNK + t * TILE, acc[m][t]);
+}
+
+template <bool bf16, int rows>
+LLM_INLINE void score(const uint32_t* query, int steps, const char* const* keys, int num_tiles, float* scores) {
+  int t = 0;
+  if constexpr (MOST_COLUMNS >= 4)
+    for (; t + 4 <= num_tiles; t += 4) score_tiles<bf16, rows, 4>(query, steps, keys + t, scores + t * TILE);
+  for (; t + 2 <= num_tiles; t += 2) score_tiles<bf16, rows, 2>(query, steps, keys + t, scores + t * TILE);
+  if (t < num_tiles) score_tiles<bf16, rows, 1>(query, steps, keys + t, scores + t * TILE);
+}
+
+// Of each query all but the first `visible` scores of the chunk (perhaps none is visible) become -inf.
+template <int rows>
+LLM_INLINE void hide(float* scores, const int* visible, int num_tiles) {
+  for (int m = 0; m < rows; m++) {
+    for (int t = std::max(visible[m], 0) / TILE; t < num_tiles; t++) {
+      float* tile = scores + m * CHUNK + t * TILE;
+      const F32 seen = load(tile);
+      store(tile, set1(-INFINITE));
+      store(tile, seen, std::clamp(visible[m] - t * TILE, 0, TILE));
+    }
+  }
+}
+
+// Scores -> weights; how much older weights shrink.
+template <bool bf16, int rows>
+LLM_INLINE void soften(const float* scores, int num_tiles, float* max, float* lanes, uint32_t* weights, float* shrink) {
+  float tops[LANES] = {}, minus[LANES];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    F32 most = load(scores + m * CHUNK);
+    for (int t = 1; t < num_tiles; t++) most = llm::ISA::max(most, load(scores + m * CHUNK + t * TILE));
+    tops[m] = largest(most);
+  }
+  const F32 old = load(max, rows), now = llm::ISA::max(load(tops), old);
+  const F32 base = llm::ISA::max(set1(std::numeric_limits<float>::lowest()), now);  // -inf: nothing is visible yet
+  store(max, now, rows);
+  store(minus, base);
+  store(shrink, exp2<false>(sub(old, base)));
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    const F32 b = set1(minus[m]);
+    F32 total = mul(load(lanes + m * LANES), set1(shrink[m]));
+    for (int t = 0; t < num_tiles; t++) {
+      const F32 w = exp2<bf16>(sub(load(scores + m * CHUNK + t * TILE), b));
+      total = add(total, w);
+      if constexpr (bf16)
+        round_bf16(reinterpret_cast<uint16_t*>(weights + m * CHUNK) + t * TILE, w);
+      else
+        store(reinterpret_cast<float*>(weights + m * CHUNK) + t * TILE, w);
+    }
+    store(lanes + m * LANES, total);
+  }
+}
+
+// acc [rows][columns vectors] = acc * shrink + weights x values, over the first `visible` positions.
+template <bool bf16, int rows, int columns>
+LLM_INLINE void weigh_columns(const uint32_t* weights, const char* const* values, int d, int visible,
+                              const float* shrink, float* acc, int stride, int count) {
+  constexpr int per_tile = bf16 ? TILE / 2 : TILE;
+  const auto value_at = [&](const char* place, int c) {
+    const char* p = place + c * 64;
+    return count < LANES ? as_bits(load(reinterpret_cast<const float*>(p), count)) : load_i32(p);
+  };
+  F32 sums[rows][columns];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++) sums[m][c] = mul(load(acc + m * stride + c * LANES), set1(shrink[m]));
+  const int whole = bf16 ? visible / 2 : visible;
+  for (int t = 0; t * per_tile < whole; t++) {
+    const int end = std::min(per_tile, whole - t * per_tile);
+    for (int j = 0; j < end; j++) {
+      I32 value[columns];
+#pragma GCC unroll 8
+      for (int c = 0; c < columns; c++) value[c] = value_at(values[t] + static_cast<size_t>(j) * d * 4, c);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) {
+        const I32 w = broadcast(weights + m * CHUNK + t * per_tile + j);
+#pragma GCC unroll 8
+        for (int c = 0; c < columns; c++) sums[m][c] = dot<bf16>(sums[m][c], value[c], w);
+      }
+    }
+  }
+  if (bf16 && visible % 2) {  // the pair's other half may be NaN
+    const char* place = values[whole / per_tile] + static_cast<size_t>(whole % per_tile) * d * 4;
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++) {
+      const I32 value = and_bits(value_at(place, c), set1_i32(0xffff));
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) sums[m][c] = dot<bf16>(sums[m][c], value, broadcast(weights + m * CHUNK + whole));
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++)
+#pragma GCC unroll 8
+    for (int c = 0; c < columns; c++) store(acc + m * stride + c * LANES, sums[m][c]);
+}
+
+template <bool bf16, int rows>
+LLM_INLINE void weigh(const uint32_t* weights, const Chunk& chunk, int d, int visible, const float* shrink, float* acc) {
+  const int stride = padded(d);
+  const char* values[CHUNK_TILES];
+  for (int column = 0; column < d;) {
+    for (int t = 0; t < CHUNK_TILES; t++) values[t] = chunk.values[t] + static_cast<size_t>(column) * 4;
+    const int left = d - column;
+    if (left >= MOST_COLUMNS * LANES) {
+      weigh_columns<bf16, rows, MOST_COLUMNS>(weights, values, d, visible, shrink, acc + column, stride, LANES);
+      column += MOST_COLUMNS * LANES;
+    } else if (MOST_COLUMNS > 2 && left >= 2 * LANES) {
+      weigh_columns<bf16, rows, 2>(weights, values, d, visible, shrink, acc + column, stride, LANES);
+      column += 2 * LANES;
+    } else {
+      const int count = std::min(left, LANES);
+      weigh_columns<bf16, rows, 1>(weights, values, d, visible, shrink, acc + column, stride, count);
+      column += LANES;
+    }
+  }
+}
+
+// `rows` queries (from row `first` of the tile's) and one chunk; visible[m] positions of it belong to row m.
+template <bool bf16, int rows>
+void attend_chunk(const Chunk& chunk, int d, const int* visible, int first, const Scratch& scratch, const Partial& part) {
+  const int steps = bf16 ? d / 2 : d;
+  const int most = std::min(*std::max_element(visible, visible + rows), CHUNK);
+  const int num_tiles = (most + TILE - 1) / TILE;
+  score<bf16, rows>(scratch.query + static_cast<size_t>(first) * steps, steps, chunk.keys, num_tiles, scratch.scores);
+  if (*std::min_element(visible, visible + rows) < num_tiles * TILE) hide<rows>(scratch.scores, visible, num_tiles);
+  float shrink[LANES];
+  float *max = part.max + first, *lanes = scratch.lanes + first * LANES;
+  if (num_tiles == CHUNK_TILES)  // unrolled
+    soften<bf16, rows>(scratch.scores, CHUNK_TILES, max, lanes, scratch.weights, shrink);
+  else
+    soften<bf16, rows>(scratch.scores, num_tiles, max, lanes, scratch.weights, shrink);
+  weigh<bf16, rows>(scratch.weights, chunk, d, most, shrink, part.acc + static_cast<size_t>(first) * padded(d));
+}
+
+template <bool bf16>
+void attend_rows(int rows, const Chunk& chunk, int d, const int* visible, int first, const Scratch& scratch,
+                 const Partial& part) {
+  switch (rows) {
+    case 1: return attend_chunk<bf16, 1>(chunk, d, visible, first, scratch, part);
+    case 2: return attend_chunk<bf16, 2>(chunk, d, visible, first, scratch, part);
+    case 3: return attend_chunk<bf16, 3>(chunk, d, visible, first, scratch, part);
+#ifdef __AVX512F__
+    case 4: return attend_chunk<bf16, 4>(chunk, d, visible, first, scratch, part);
+    case 5: return attend_chunk<bf16, 5>(chunk, d, visible, first, scratch, part);
+    default: return attend_chunk<bf16, 6>(chunk, d, visible, first, scratch, part);
+#endif
+  }
+}
+
+// Queries of one kv head, scaled: [tokens * group, steps].
+template <bool bf16>
+void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, int group, int d, uint32_t* packed) {
+  const F32 scale = set1(io.scale * LOG2_E);
+  float rounded[LANES];
+  for (int row = 0; row < tile.num_tokens * group; row++) {
+    const int token = tile.first_token + row / group, head = kv_head * group + row % group;
+    const float* query = io.query + static_cast<size_t>(token) * io.query_stride + static_cast<size_t>(head) * d;
+    char* to = reinterpret_cast<char*>(packed) + static_cast<size_t>(row) * d * (bf16 ? 2 : 4);
+    for (int i = 0; i < d; i += LANES) {
+      const int count = std::min(d - i, LANES);
+      const F32 scaled = mul(load(query + i, count), scale);
+      if constexpr (bf16) {
+        round_bf16(reinterpret_cast<uint16_t*>(rounded), scaled);
+        std::memcpy(to + i * 2, rounded, static_cast<size_t>(count) * 2);
+      } else {
+        store(reinterpret_cast<float*>(to) + i, scaled, count);
+      }
+    }
+  }
+}
+
+Chunk find_chunk(const Cache& cache, const int32_t* blocks, int kv_head, int begin, int end) {
+  const size_t bytes = static_cast<size_t>(cache.head_dim) * TILE * (cache.bf16 ? 2 : 4);
+  Chunk chunk;
+  for (int t = 0; t < CHUNK_TILES; t++) {
+    const int position = std::min(begin + t * TILE, (end - 1) / TILE * TILE);  // a tile that exists
+    const size_t slot = static_cast<size_t>(blocks[position / cache.block_size]) * cache.block_size +
+                        position % cache.block_size;
+    const size_t offset = (slot / TILE * cache.kv_heads + kv_head) * bytes;
+    chunk.keys[t] = static_cast<const char*>(cache.keys) + offset;
+    chunk.values[t] = static_cast<const char*>(cache.values) + offset;
+  }
+  return chunk;
+}
+
+// One piece of a tile's context into `part`.
+template <bool bf16>
+void attend_piece(const Cache& cache, const int32_t* blocks, const AttentionTile& tile, int kv_head, int group,
+                  int piece, const Scratch& scratch, const Partial& part) {
+  const int rows = tile.num_tokens * group, d = cache.head_dim;
+  std::fill(part.acc, part.acc + static_cast<size_t>(rows) * padded(d), 0.0f);
+  std::fill(part.max, part.max + rows, -INFINITE);
+  std::fill(scratch.lanes, scratch.lanes + rows * LANES, 0.0f);
+  const int end = std::min((piece + 1) * PIECE, tile.first_position + tile.num_tokens);
+  const int num_groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  for (int begin = piece * PIECE; begin < end; begin += CHUNK) {
+    const Chunk chunk = find_chunk(cache, blocks, kv_head, begin, end);
+    for (int g = 0; g < num_groups; g++) {
+      const int first = rows * g / num_groups, last = rows * (g + 1) / num_groups;
+      int visible[MOST_ROWS] = {};
+      for (int m = first; m < last; m++) visible[m - first] = tile.first_position + m / group + 1 - begin;
+      if (visible[last - first - 1] > 0) attend_rows<bf16>(last - first, chunk, d, visible, first, scratch, part);
+    }
+  }
+  for (int m = 0; m < rows; m++) part.sum[m] = sum(load(scratch.lanes + m * LANES));
+}
+
+// `into` becomes what it and the piece after it are together.
+void fold(const Partial& into, const Partial& piece, int rows, int d) {
+  for (int m = 0; m < rows; m++) {
+    if (piece.max[m] == -INFINITE) continue;  // it sees nothing of the piece
+    const float max = std::max(piece.max[m], into.max[m]);
+    const float before = into.max[m] == max ? 1.0f : exp2(into.max[m] - max);
+    const float now = piece.max[m] == max ? 1.0f : exp2(piece.max[m] - max);
+    float* a = into.acc + static_cast<size_t>(m) * padded(d);
+    const float* b = piece.acc + static_cast<size_t>(m) * padded(d);
+    for (int i = 0; i < d; i += LANES) store(a + i, fma(load(b + i), set1(now), mul(load(a + i), set1(before))));
+    into.max[m] = max;
+    into.sum[m] = std::fma(piece.sum[m], now, into.sum[m] * before);
+  }
+}
+
+void write_out(const Attended& io, const AttentionTile& tile, int kv_head, int group, int d, const Partial& part) {
+  for (int row = 0; row < tile.num_tokens * group; row++) {
+    const int token = tile.first_token + row / group, head = kv_head * group + row % group;
+    float* out = io.out + static_cast<size_t>(token) * io.out_stride + static_cast<size_t>(head) * d;
+    const float* acc = part.acc + static_cast<size_t>(row) * padded(d);
+    const F32 by = set1(1.0f / part.sum[row]);
+    for (int i = 0; i < d; i += LANES)  // plus zero: a zero's sign depends on what was masked
+      store(out + i, add(mul(load(acc + i), by), zero()), std::min(d - i, LANES));
+  }
+}
+
+template <bool bf16>
+void attend_tile(const Cache& cache, const Rows& rows, const Attended& io, const AttentionTile& tile, int kv_head,
+                 void* memory, float* partials) {
+  const int d = cache.head_dim, group = io.heads / cache.kv_heads, num_rows = tile.num_tokens * group;
+  const int32_t* blocks = rows.block_tables + static_cast<size_t>(tile.row) * rows.table_width;
+  Scratch scratch;
+  lay_out(scratch, memory, group * tile_tokens(group), d);
+  pack_queries<bf16>(io, tile, kv_head, group, d, scratch.query);
+  float* place = scratch.own;
+  if (tile.partial >= 0) place = partials + tile.partial + kv_head * partial_floats(num_rows, d);
+  const Partial own = partial_at(place, num_rows, d), other = partial_at(scratch.other, num_rows, d);
+  for (int piece = tile.piece_begin; piece < tile.piece_end; piece++) {
+    const bool is_first = piece == tile.piece_begin;
+    attend_piece<bf16>(cache, blocks, tile, kv_head, group, piece, scratch, is_first ? own : other);
+    if (!is_first) fold(own, other, num_rows, d);
+  }
+  if (tile.partial < 0) write_out(io, tile, kv_head, group, d, own);
+}
+
+void attend(const Cache& cache, const Rows& rows, const Attended& io, const AttentionTile& tile, int kv_head,
+            void* scratch, float* partials) {
+  if (cache.bf16)
+    attend_tile<true>(cache, rows, io, tile, kv_head, scratch, partials);
+  else
+    attend_tile<false>(cache, rows, io, tile, kv_head, scratch, partials);
+}
+
+void combine(const Cache& cache, const Attended& io, const AttentionTile* tiles, AttentionSplit split, int kv_head,
+             float* partials) {
+  const int d = cache.head_dim, group = io.heads / cache.kv_heads;
+  const AttentionTile& first = tiles[split.tile_begin];
+  const int rows = first.num_tokens * group;
+  const auto result = [&](int tile) {
+    return partial_at(partials + tiles[tile].partial + kv_head * partial_floats(rows, d), rows, d);
+  };
+  for (int tile = split.tile_begin + 1; tile < split.tile_end; tile++)
+    fold(result(split.tile_begin), result(tile), rows, d);
+  write_out(io, first, kv_head, group, d, result(split.tile_begin));
+}
+
+}  // namespace
+
+void write(const Cache&, const Projected&, int begin, int end);  // cache_write.cpp
+
+AttentionKernels attention_kernels() { return {write, scratch_bytes, attend, combine}; }
+
+}  // namespace ISA
+}  // namespace llm
