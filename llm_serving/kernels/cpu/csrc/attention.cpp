@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "attention_plan.hpp"
+#include "exp2.hpp"
 #include "vec.hpp"
 
 namespace llm {
@@ -35,22 +36,6 @@ LLM_INLINE F32 dot(F32 acc, I32 a, I32 b) {
   else
     return fma(as_float(a), as_float(b), acc);
 }
-
-// 2^x within 2 units in the last place, at least 2^-126; NaN stays NaN.
-LLM_INLINE F32 exp2(F32 x) {
-  const F32 y = max(set1(-126.0f), x);
-  const I32 n = to_int(y);
-  const F32 r = sub(y, to_float(n));
-  F32 p = fma(set1(1.535336188319500e-4f), r, set1(1.339887440266574e-3f));
-  p = fma(p, r, set1(9.618437357674640e-3f));
-  p = fma(p, r, set1(5.550332471162809e-2f));
-  p = fma(p, r, set1(2.402264791363012e-1f));
-  p = fma(p, r, set1(6.931472028550421e-1f));
-  p = fma(p, r, set1(1.0f));
-  return mul(p, power_of_two(n));
-}
-
-float exp2(float x) { return _mm256_cvtss_f32(low(exp2(set1(x)))); }
 
 constexpr int padded(int d) { return (d + LANES - 1) / LANES * LANES; }
 
@@ -137,31 +122,48 @@ LLM_INLINE void score(const uint32_t* query, int steps, const char* const* keys,
   if (t < num_tiles) score_tiles<bf16, rows, 1>(query, steps, keys + t, scores + t * TILE);
 }
 
-// Scores -> weights of one query, of which it sees the first `visible` of the chunk (perhaps none); how much
-// older weights shrink.
-template <bool bf16>
-LLM_INLINE float soften(float* scores, int visible, int num_tiles, float* max, float* lanes, uint32_t* weights) {
-  for (int i = std::max(visible, 0); i < num_tiles * TILE; i++) scores[i] = -INFINITE;
-  F32 most = load(scores);
-  for (int t = 1; t < num_tiles; t++) most = llm::ISA::max(most, load(scores + t * TILE));
-  const float old = *max, now = std::max(largest(most), old);
-  *max = now;
-  const float shrink = old == now ? 1.0f : old == -INFINITE ? 0.0f : exp2(old - now);
-  F32 total = mul(load(lanes), set1(shrink));
-  const F32 minus = set1(now == -INFINITE ? 0.0f : now);
-  const F32 least = set1(std::numeric_limits<float>::lowest());
-  for (int t = 0; t < num_tiles; t++) {
-    const F32 s = load(scores + t * TILE);
-    F32 w = exp2(sub(s, minus));
-    if (visible < (t + 1) * TILE) w = select_less(s, least, zero(), w);
-    total = add(total, w);
-    if constexpr (bf16)
-      round_bf16(reinterpret_cast<uint16_t*>(weights) + t * TILE, w);
-    else
-      store(reinterpret_cast<float*>(weights) + t * TILE, w);
+// Of each query all but the first `visible` scores of the chunk (perhaps none is visible) become -inf.
+template <int rows>
+LLM_INLINE void hide(float* scores, const int* visible, int num_tiles) {
+  for (int m = 0; m < rows; m++) {
+    for (int t = std::max(visible[m], 0) / TILE; t < num_tiles; t++) {
+      float* tile = scores + m * CHUNK + t * TILE;
+      const F32 seen = load(tile);
+      store(tile, set1(-INFINITE));
+      store(tile, seen, std::clamp(visible[m] - t * TILE, 0, TILE));
+    }
   }
-  store(lanes, total);
-  return shrink;
+}
+
+// Scores -> weights; how much older weights shrink.
+template <bool bf16, int rows>
+LLM_INLINE void soften(const float* scores, int num_tiles, float* max, float* lanes, uint32_t* weights, float* shrink) {
+  float tops[LANES] = {}, minus[LANES];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    F32 most = load(scores + m * CHUNK);
+    for (int t = 1; t < num_tiles; t++) most = llm::ISA::max(most, load(scores + m * CHUNK + t * TILE));
+    tops[m] = largest(most);
+  }
+  const F32 old = load(max, rows), now = llm::ISA::max(load(tops), old);
+  const F32 base = llm::ISA::max(set1(std::numeric_limits<float>::lowest()), now);  // -inf: nothing is visible yet
+  store(max, now, rows);
+  store(minus, base);
+  store(shrink, exp2<false>(sub(old, base)));
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) {
+    const F32 b = set1(minus[m]);
+    F32 total = mul(load(lanes + m * LANES), set1(shrink[m]));
+    for (int t = 0; t < num_tiles; t++) {
+      const F32 w = exp2<bf16>(sub(load(scores + m * CHUNK + t * TILE), b));
+      total = add(total, w);
+      if constexpr (bf16)
+        round_bf16(reinterpret_cast<uint16_t*>(weights + m * CHUNK) + t * TILE, w);
+      else
+        store(reinterpret_cast<float*>(weights + m * CHUNK) + t * TILE, w);
+    }
+    store(lanes + m * LANES, total);
+  }
 }
 
 // acc [rows][columns vectors] = acc * shrink + weights x values, over the first `visible` positions.
@@ -236,10 +238,13 @@ void attend_chunk(const Chunk& chunk, int d, const int* visible, int first, cons
   const int most = std::min(*std::max_element(visible, visible + rows), CHUNK);
   const int num_tiles = (most + TILE - 1) / TILE;
   score<bf16, rows>(scratch.query + static_cast<size_t>(first) * steps, steps, chunk.keys, num_tiles, scratch.scores);
-  float shrink[rows];
-  for (int m = 0; m < rows; m++)
-    shrink[m] = soften<bf16>(scratch.scores + m * CHUNK, visible[m], num_tiles, part.max + first + m,
-                             scratch.lanes + (first + m) * LANES, scratch.weights + m * CHUNK);
+  if (*std::min_element(visible, visible + rows) < num_tiles * TILE) hide<rows>(scratch.scores, visible, num_tiles);
+  float shrink[LANES];
+  float *max = part.max + first, *lanes = scratch.lanes + first * LANES;
+  if (num_tiles == CHUNK_TILES)  // unrolled
+    soften<bf16, rows>(scratch.scores, CHUNK_TILES, max, lanes, scratch.weights, shrink);
+  else
+    soften<bf16, rows>(scratch.scores, num_tiles, max, lanes, scratch.weights, shrink);
   weigh<bf16, rows>(scratch.weights, chunk, d, most, shrink, part.acc + static_cast<size_t>(first) * padded(d));
 }
 

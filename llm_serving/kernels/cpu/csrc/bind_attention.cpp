@@ -1,4 +1,8 @@
 // Attention for Python, operation by operation: writing to a layer's cache, and a step's attention planned once.
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <memory>
@@ -114,34 +118,91 @@ struct Step {
   Memory scratch, partials;
 };
 
+// Everything of a step's attention but the layer's cache.
+class Attending {
+ public:
+  Attending(const Kernels& kernels, Pool& pool, Step& step, const Cache& cache, const Attended& io, int plan_threads)
+      : kernels_(kernels.attention), pool_(pool), step_(step), io_(io) {
+    step.plan.make(step.rows, io.heads, cache.kv_heads, cache.head_dim, plan_threads);
+    each_ = kernels_.scratch_bytes(cache, io.heads);
+    scratch_ = step.scratch.at_least(each_ * pool.size());
+    partials_ = reinterpret_cast<float*>(step.partials.at_least(step.plan.num_partial_floats() * sizeof(float)));
+  }
+
+  // Called by every thread of the pool; `items` and `splits` are fresh.
+  void layer(const Cache& cache, int thread, Items& items, Items& splits) const {
+    const auto& tiles = step_.plan.tiles();
+    const auto& split = step_.plan.splits();
+    char* scratch = scratch_ + each_ * thread;
+    for (int i; (i = items.take()) < static_cast<int>(tiles.size()) * cache.kv_heads;)
+      kernels_.attend(cache, step_.rows, io_, tiles[i / cache.kv_heads], i % cache.kv_heads, scratch, partials_);
+    if (split.empty()) return;
+    pool_.barrier();
+    for (int i; (i = splits.take()) < static_cast<int>(split.size()) * cache.kv_heads;)
+      kernels_.combine(cache, io_, tiles.data(), split[i / cache.kv_heads], i % cache.kv_heads, partials_);
+  }
+
+ private:
+  const AttentionKernels& kernels_;
+  Pool& pool_;
+  const Step& step_;
+  Attended io_;
+  size_t each_;
+  char* scratch_;
+  float* partials_;
+};
+
+Attended io_of(const Step& step, const Cache& cache, const Input& query, const Array& out) {
+  const int64_t tokens = step.query_starts_.back(), d = cache.head_dim;
+  const float* q = data_of<const float>(query, "query", {tokens, -1, d});
+  const auto heads = static_cast<int64_t>(query.shape(1));
+  require(heads % cache.kv_heads == 0 && heads > 0, "query must have a multiple of the cache's heads");
+  float* to = data_of<float>(out, "out", {tokens, heads, d});
+  const auto width = static_cast<size_t>(heads * d);
+  return {q, width, to, width, static_cast<int>(heads), 1.0f / std::sqrt(static_cast<float>(d))};
+}
+
 void attend(const Kernels& kernels, Pool& pool, Step& step, const Array& keys, const Array& values, int block_size,
-            int head_dim, const Input& query, const Array& out, int num_threads) {
+            int head_dim, const Input& query, const Array& out, int plan_threads) {
   const Cache cache = cache_of(keys, values, block_size, head_dim);
   step.check(cache, static_cast<int64_t>(keys.shape(0)) * TILE / block_size);
-  const int64_t tokens = step.query_starts_.back();
-  const float* q = data_of<const float>(query, "query", {tokens, -1, head_dim});
-  const auto heads = static_cast<int>(query.shape(1));
-  require(heads % cache.kv_heads == 0 && heads > 0, "query must have a multiple of the cache's heads");
-  float* to = data_of<float>(out, "out", {tokens, heads, head_dim});
-  const auto width = static_cast<size_t>(heads) * head_dim;
-  const Attended io = {q, width, to, width, heads, 1.0f / std::sqrt(static_cast<float>(head_dim))};
+  const Attended io = io_of(step, cache, query, out);
   nb::gil_scoped_release release;
-  step.plan.make(step.rows, heads, cache.kv_heads, head_dim, num_threads > 0 ? num_threads : pool.size());
-  const size_t each = kernels.attention.scratch_bytes(cache, heads);
-  char* all = step.scratch.at_least(each * pool.size());
-  auto* partials = reinterpret_cast<float*>(step.partials.at_least(step.plan.num_partial_floats() * sizeof(float)));
-  Items items, combined;
-  const auto& tiles = step.plan.tiles();
-  const auto& splits = step.plan.splits();
-  pool.run([&](int thread) {
-    char* scratch = all + each * thread;
-    for (int i; (i = items.take()) < static_cast<int>(tiles.size()) * cache.kv_heads;)
-      kernels.attention.attend(cache, step.rows, io, tiles[i / cache.kv_heads], i % cache.kv_heads, scratch, partials);
-    if (splits.empty()) return;
-    pool.barrier();
-    for (int i; (i = combined.take()) < static_cast<int>(splits.size()) * cache.kv_heads;)
-      kernels.attention.combine(cache, io, tiles.data(), splits[i / cache.kv_heads], i % cache.kv_heads, partials);
-  });
+  const Attending attending(kernels, pool, step, cache, io, plan_threads > 0 ? plan_threads : pool.size());
+  Items items, splits;
+  pool.run([&](int thread) { attending.layer(cache, thread, items, splits); });
+}
+
+// Seconds of each of `repeats` walks through all layers (pairs of keys and values), planned once a walk.
+std::vector<double> time_attention(const Kernels& kernels, Pool& pool, Step& step,
+                                   const std::vector<std::pair<Array, Array>>& layers, int block_size, int head_dim,
+                                   const Input& query, const Array& out, int repeats) {
+  std::vector<Cache> caches;
+  for (const auto& [keys, values] : layers) {
+    caches.push_back(cache_of(keys, values, block_size, head_dim));
+    step.check(caches.back(), static_cast<int64_t>(keys.shape(0)) * TILE / block_size);
+  }
+  require(!caches.empty(), "layers must not be empty");
+  const Attended io = io_of(step, caches[0], query, out);
+  std::vector<Items> items(caches.size()), splits(caches.size());
+  std::vector<double> seconds;
+  nb::gil_scoped_release release;
+  for (int i = 0; i < repeats; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    for (size_t layer = 0; layer < caches.size(); layer++) {
+      items[layer].reset();
+      splits[layer].reset();
+    }
+    const Attending attending(kernels, pool, step, caches[0], io, pool.size());
+    pool.run([&](int thread) {
+      for (size_t layer = 0; layer < caches.size(); layer++) {
+        attending.layer(caches[layer], thread, items[layer], splits[layer]);
+        pool.barrier();
+      }
+    });
+    seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return seconds;
 }
 
 }  // namespace
@@ -160,6 +221,9 @@ void bind_attention(nb::module_& m) {
   m.def("attend", &attend, nb::arg("kernels"), nb::arg("pool"), nb::arg("step"), nb::arg("keys"), nb::arg("values"),
         nb::arg("block_size"), nb::arg("head_dim"), nb::arg("query"), nb::arg("out"), nb::arg("plan_threads") = 0,
         "query [tokens, heads, d], rotated, to out of the same shape; plan_threads: plan as for so many threads.");
+  m.def("time_attention", &time_attention, nb::arg("kernels"), nb::arg("pool"), nb::arg("step"), nb::arg("layers"),
+        nb::arg("block_size"), nb::arg("head_dim"), nb::arg("query"), nb::arg("out"), nb::arg("repeats"),
+        "Seconds of each walk through all layers (keys, values); the query is the same in all.");
 }
 
 }  // namespace llm

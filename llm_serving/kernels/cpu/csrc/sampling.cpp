@@ -22,7 +22,8 @@ struct Kept {
   int32_t* ids;
   int count;
   bool is_all;  // ids are 0 .. count - 1 and not written
-  float max, sum;  // of e^(score - max), once weighed
+  float max;  // of the scores
+  float sum;  // of e^(score - max), once exponentiated
 };
 
 struct Scratch {
@@ -142,12 +143,9 @@ void top(const float* logits, int width, int count, int32_t* ids, void* memory) 
 // Scores from `count` up to the next whole vector, so that they weigh nothing.
 void seal(Kept& kept) { std::fill_n(kept.scores + kept.count, LANES, LOWEST); }
 
-// kept.weights: e^(score - max); kept.max and kept.sum.
+// kept.weights: e^(score - max); kept.sum.
 void exponentiate(Kept& kept) {
   seal(kept);
-  F32 most = set1(LOWEST);
-  for (int i = 0; i < kept.count; i += LANES) most = max(most, load(kept.scores + i));
-  kept.max = largest(most);
   const F32 minus = set1(kept.max);
   double total = 0;
   for (int begin = 0; begin < kept.count; begin += SUMMARY_COLUMNS) {
@@ -248,6 +246,7 @@ void keep_typical(Scratch& scratch, float typical_p) {
   }
   const int last = first_beyond(scratch.values, kept.weights, kept.count, limit, largest(most), LOWEST, scratch.search);
   keep_at_least(kept, scratch.values, scratch.values[last]);
+  kept.max = *std::max_element(kept.scores, kept.scores + kept.count);  // the likeliest may be gone
 }
 
 // The first id at which the cumulative distribution exceeds the uniform.
@@ -274,7 +273,9 @@ int32_t draw(const float* logits, int width, float max, const SamplingRecord& re
   kept.count = width;
   kept.is_all = true;
   // A temperature so low that the quotient overflows is raised.
-  const F32 by = set1(std::max(record.temperature, std::fabs(max) / std::numeric_limits<float>::max()));
+  const float temperature = std::max(record.temperature, std::fabs(max) / std::numeric_limits<float>::max());
+  const F32 by = set1(temperature);
+  kept.max = max / temperature;
   for (int i = 0; i < width; i += LANES) {
     const F32 v = width - i < LANES ? load(logits + i, width - i) : load(logits + i);
     store(kept.scores + i, div(v, by));

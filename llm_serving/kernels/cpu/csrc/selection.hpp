@@ -127,10 +127,10 @@ inline float kth_largest(const float* values, int n, int k, const Search& search
 // Buckets of equal width below the largest value; a greater value is never in a later bucket.
 struct Buckets {
   F32 most, scale;
-  LLM_INLINE void of(const Buckets& b, const float* values, int32_t* numbers) {
+  LLM_INLINE F32 of(const Buckets& b, const float* values) {
     const F32 distance = mul(sub(b.most, load(values)), b.scale);
     const F32 last = set1(NUM_BUCKETS - 1);
-    store_i32(numbers, to_int(floor(select_less(distance, last, distance, last))));
+    return floor(select_less(distance, last, distance, last));
   }
 };
 
@@ -144,7 +144,7 @@ inline int first_beyond(const float* values, const float* weights, int n, double
   std::fill(search.histogram, search.histogram + NUM_BUCKETS, 0.0);
   int32_t numbers[LANES];
   for (int i = 0; i < count; i += LANES) {
-    Buckets::of(buckets, search.values + i, numbers);
+    store_i32(numbers, to_int(Buckets::of(buckets, search.values + i)));
     for (int j = 0; j < std::min(LANES, count - i); j++)
       search.histogram[numbers[j]] += static_cast<double>(weights[search.places[i + j]]);
   }
@@ -154,11 +154,13 @@ inline int first_beyond(const float* values, const float* weights, int n, double
   if (bucket == NUM_BUCKETS) return -1;
 
   int num_keys = 0;
+  const F32 wanted = set1(static_cast<float>(bucket));
   for (int i = 0; i < count; i += LANES) {
-    Buckets::of(buckets, search.values + i, numbers);
-    for (int j = 0; j < std::min(LANES, count - i); j++) {
-      search.keys[num_keys] = key_of(search.values[i + j], search.places[i + j]);
-      num_keys += numbers[j] == bucket;
+    const F32 number = Buckets::of(buckets, search.values + i);
+    uint32_t mask = at_least(number, wanted) & at_least(wanted, number) & first_lanes(count - i);
+    for (; mask != 0; mask &= mask - 1) {
+      const int at = i + __builtin_ctz(mask);
+      search.keys[num_keys++] = key_of(search.values[at], search.places[at]);
     }
   }
   uint64_t* keys = search.keys;
