@@ -20,6 +20,7 @@ namespace {
 
 constexpr int CHUNK = 64;
 constexpr int CHUNK_TILES = CHUNK / TILE;
+constexpr int AHEAD = 2;  // chunks that are fetched before they are needed
 #ifdef __AVX512F__
 constexpr int MOST_ROWS = 6, MOST_COLUMNS = 4;  // accumulators that fit the registers: rows x vectors
 #else
@@ -88,9 +89,13 @@ struct Chunk {
   const char* values[CHUNK_TILES];
 };
 
-// Scores of `rows` queries and `tiles` tiles of 16 positions.
-template <bool bf16, int rows, int tiles>
-LLM_INLINE void score_tiles(const uint32_t* query, int steps, const char* const* keys, float* scores) {
+// The cache line that is needed some chunks later, into the second level.
+LLM_INLINE void fetch(const char* place) { _mm_prefetch(place, _MM_HINT_T1); }
+
+// Scores of `rows` queries and `tiles` tiles of 16 positions; `ahead`: fetch the same of a later chunk.
+template <bool bf16, int rows, int tiles, bool ahead>
+LLM_INLINE void score_tiles(const uint32_t* query, int steps, const char* const* keys, const char* const* later,
+                            float* scores) {
   F32 acc[rows][tiles];
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
@@ -99,7 +104,10 @@ LLM_INLINE void score_tiles(const uint32_t* query, int steps, const char* const*
   for (int step = 0; step < steps; step++) {
     I32 key[tiles];
 #pragma GCC unroll 8
-    for (int t = 0; t < tiles; t++) key[t] = load_i32(keys[t] + static_cast<size_t>(step) * 64);
+    for (int t = 0; t < tiles; t++) {
+      key[t] = load_i32(keys[t] + static_cast<size_t>(step) * 64);
+      if constexpr (ahead) fetch(later[t] + static_cast<size_t>(step) * 64);
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < rows; m++) {
       const I32 q = broadcast(query + static_cast<size_t>(m) * steps + step);
@@ -113,13 +121,18 @@ LLM_INLINE void score_tiles(const uint32_t* query, int steps, const char* const*
     for (int t = 0; t < tiles; t++) store(scores + m * CHUNK + t * TILE, acc[m][t]);
 }
 
-template <bool bf16, int rows>
-LLM_INLINE void score(const uint32_t* query, int steps, const char* const* keys, int num_tiles, float* scores) {
+template <bool bf16, int rows, bool ahead>
+LLM_INLINE void score(const uint32_t* query, int steps, const Chunk& chunk, const Chunk& later, int num_tiles,
+                      float* scores) {
   int t = 0;
+  const auto some = [&]<int tiles>() {
+    score_tiles<bf16, rows, tiles, ahead>(query, steps, chunk.keys + t, later.keys + t, scores + t * TILE);
+    t += tiles;
+  };
   if constexpr (MOST_COLUMNS >= 4)
-    for (; t + 4 <= num_tiles; t += 4) score_tiles<bf16, rows, 4>(query, steps, keys + t, scores + t * TILE);
-  for (; t + 2 <= num_tiles; t += 2) score_tiles<bf16, rows, 2>(query, steps, keys + t, scores + t * TILE);
-  if (t < num_tiles) score_tiles<bf16, rows, 1>(query, steps, keys + t, scores + t * TILE);
+    while (t + 4 <= num_tiles) some.template operator()<4>();
+  while (t + 2 <= num_tiles) some.template operator()<2>();
+  if (t < num_tiles) some.template operator()<1>();
 }
 
 // Of each query all but the first `visible` scores of the chunk (perhaps none is visible) become -inf.
@@ -167,9 +180,9 @@ LLM_INLINE void soften(const float* scores, int num_tiles, float* max, float* la
 }
 
 // acc [rows][columns vectors] = acc * shrink + weights x values, over the first `visible` positions.
-template <bool bf16, int rows, int columns>
-LLM_INLINE void weigh_columns(const uint32_t* weights, const char* const* values, int d, int visible,
-                              const float* shrink, float* acc, int stride, int count) {
+template <bool bf16, int rows, int columns, bool ahead>
+LLM_INLINE void weigh_columns(const uint32_t* weights, const char* const* values, const char* const* later, int d,
+                              int visible, const float* shrink, float* acc, int stride, int count) {
   constexpr int per_tile = bf16 ? TILE / 2 : TILE;
   const auto value_at = [&](const char* place, int c) {
     const char* p = place + c * 64;
@@ -186,7 +199,10 @@ LLM_INLINE void weigh_columns(const uint32_t* weights, const char* const* values
     for (int j = 0; j < end; j++) {
       I32 value[columns];
 #pragma GCC unroll 8
-      for (int c = 0; c < columns; c++) value[c] = value_at(values[t] + static_cast<size_t>(j) * d * 4, c);
+      for (int c = 0; c < columns; c++) {
+        value[c] = value_at(values[t] + static_cast<size_t>(j) * d * 4, c);
+        if constexpr (ahead) fetch(later[t] + static_cast<size_t>(j) * d * 4 + c * 64);
+      }
 #pragma GCC unroll 8
       for (int m = 0; m < rows; m++) {
         const I32 w = broadcast(weights + m * CHUNK + t * per_tile + j);
@@ -210,34 +226,35 @@ LLM_INLINE void weigh_columns(const uint32_t* weights, const char* const* values
     for (int c = 0; c < columns; c++) store(acc + m * stride + c * LANES, sums[m][c]);
 }
 
-template <bool bf16, int rows>
-LLM_INLINE void weigh(const uint32_t* weights, const Chunk& chunk, int d, int visible, const float* shrink, float* acc) {
+template <bool bf16, int rows, bool ahead>
+LLM_INLINE void weigh(const uint32_t* weights, const Chunk& chunk, const Chunk& later, int d, int visible,
+                      const float* shrink, float* acc) {
   const int stride = padded(d);
-  const char* values[CHUNK_TILES];
-  for (int column = 0; column < d;) {
-    for (int t = 0; t < CHUNK_TILES; t++) values[t] = chunk.values[t] + static_cast<size_t>(column) * 4;
-    const int left = d - column;
-    if (left >= MOST_COLUMNS * LANES) {
-      weigh_columns<bf16, rows, MOST_COLUMNS>(weights, values, d, visible, shrink, acc + column, stride, LANES);
-      column += MOST_COLUMNS * LANES;
-    } else if (MOST_COLUMNS > 2 && left >= 2 * LANES) {
-      weigh_columns<bf16, rows, 2>(weights, values, d, visible, shrink, acc + column, stride, LANES);
-      column += 2 * LANES;
-    } else {
-      const int count = std::min(left, LANES);
-      weigh_columns<bf16, rows, 1>(weights, values, d, visible, shrink, acc + column, stride, count);
-      column += LANES;
+  const char *values[CHUNK_TILES], *then[CHUNK_TILES];
+  int column = 0;
+  const auto some = [&]<int columns>(int count) {
+    for (int t = 0; t < CHUNK_TILES; t++) {
+      values[t] = chunk.values[t] + static_cast<size_t>(column) * 4;
+      then[t] = later.values[t] + static_cast<size_t>(column) * 4;
     }
-  }
+    weigh_columns<bf16, rows, columns, ahead>(weights, values, then, d, visible, shrink, acc + column, stride, count);
+    column += columns * LANES;
+  };
+  while (d - column >= MOST_COLUMNS * LANES) some.template operator()<MOST_COLUMNS>(LANES);
+  if constexpr (MOST_COLUMNS > 2)
+    if (d - column >= 2 * LANES) some.template operator()<2>(LANES);
+  while (column < d) some.template operator()<1>(std::min(d - column, LANES));
 }
 
 // `rows` queries (from row `first` of the tile's) and one chunk; visible[m] positions of it belong to row m.
-template <bool bf16, int rows>
-void attend_chunk(const Chunk& chunk, int d, const int* visible, int first, const Scratch& scratch, const Partial& part) {
+template <bool bf16, int rows, bool ahead>
+void attend_chunk(const Chunk& chunk, const Chunk& later, int d, const int* visible, int first, const Scratch& scratch,
+                  const Partial& part) {
   const int steps = bf16 ? d / 2 : d;
   const int most = std::min(*std::max_element(visible, visible + rows), CHUNK);
   const int num_tiles = (most + TILE - 1) / TILE;
-  score<bf16, rows>(scratch.query + static_cast<size_t>(first) * steps, steps, chunk.keys, num_tiles, scratch.scores);
+  const uint32_t* query = scratch.query + static_cast<size_t>(first) * steps;
+  score<bf16, rows, ahead>(query, steps, chunk, later, num_tiles, scratch.scores);
   if (*std::min_element(visible, visible + rows) < num_tiles * TILE) hide<rows>(scratch.scores, visible, num_tiles);
   float shrink[LANES];
   float *max = part.max + first, *lanes = scratch.lanes + first * LANES;
@@ -245,20 +262,22 @@ void attend_chunk(const Chunk& chunk, int d, const int* visible, int first, cons
     soften<bf16, rows>(scratch.scores, CHUNK_TILES, max, lanes, scratch.weights, shrink);
   else
     soften<bf16, rows>(scratch.scores, num_tiles, max, lanes, scratch.weights, shrink);
-  weigh<bf16, rows>(scratch.weights, chunk, d, most, shrink, part.acc + static_cast<size_t>(first) * padded(d));
+  float* acc = part.acc + static_cast<size_t>(first) * padded(d);
+  weigh<bf16, rows, ahead>(scratch.weights, chunk, later, d, most, shrink, acc);
 }
 
-template <bool bf16>
-void attend_rows(int rows, const Chunk& chunk, int d, const int* visible, int first, const Scratch& scratch,
-                 const Partial& part) {
+template <bool bf16, bool ahead>
+void attend_rows(int rows, const Chunk& chunk, const Chunk& later, int d, const int* visible, int first,
+                 const Scratch& scratch, const Partial& part) {
+  const auto of = [&]<int count>() { attend_chunk<bf16, count, ahead>(chunk, later, d, visible, first, scratch, part); };
   switch (rows) {
-    case 1: return attend_chunk<bf16, 1>(chunk, d, visible, first, scratch, part);
-    case 2: return attend_chunk<bf16, 2>(chunk, d, visible, first, scratch, part);
-    case 3: return attend_chunk<bf16, 3>(chunk, d, visible, first, scratch, part);
+    case 1: return of.template operator()<1>();
+    case 2: return of.template operator()<2>();
+    case 3: return of.template operator()<3>();
 #ifdef __AVX512F__
-    case 4: return attend_chunk<bf16, 4>(chunk, d, visible, first, scratch, part);
-    case 5: return attend_chunk<bf16, 5>(chunk, d, visible, first, scratch, part);
-    default: return attend_chunk<bf16, 6>(chunk, d, visible, first, scratch, part);
+    case 4: return of.template operator()<4>();
+    case 5: return of.template operator()<5>();
+    default: return of.template operator()<6>();
 #endif
   }
 }
@@ -285,11 +304,12 @@ void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, in
   }
 }
 
-Chunk find_chunk(const Cache& cache, const int32_t* blocks, int kv_head, int begin, int end) {
+// Chunk `number` of a row's context of `end` positions; beyond it, its last tile.
+Chunk find_chunk(const Cache& cache, const int32_t* blocks, int kv_head, int number, int end) {
   const size_t bytes = static_cast<size_t>(cache.head_dim) * TILE * (cache.bf16 ? 2 : 4);
   Chunk chunk;
   for (int t = 0; t < CHUNK_TILES; t++) {
-    const int position = std::min(begin + t * TILE, (end - 1) / TILE * TILE);  // a tile that exists
+    const int position = std::min(number * CHUNK + t * TILE, (end - 1) / TILE * TILE);
     const size_t slot = static_cast<size_t>(blocks[position / cache.block_size]) * cache.block_size +
                         position % cache.block_size;
     const size_t offset = (slot / TILE * cache.kv_heads + kv_head) * bytes;
@@ -299,23 +319,53 @@ Chunk find_chunk(const Cache& cache, const int32_t* blocks, int kv_head, int beg
   return chunk;
 }
 
+// The chunks that a thread reads: those of an item, then those of the next.
+class Walk {
+ public:
+  Walk(const Cache& cache, const Rows& rows, const AttentionItem& item, const AttentionItem& next)
+      : cache_(cache), rows_(rows), item_(item), next_(next) {
+    const AttentionTile& tile = *item.tile;
+    end_ = (std::min(tile.piece_end * PIECE, tile.first_position + tile.num_tokens) + CHUNK - 1) / CHUNK;
+  }
+
+  Chunk chunk(int number) const {
+    if (number < end_) return of(item_, number);
+    return of(next_, next_.tile->piece_begin * (PIECE / CHUNK) + number - end_);
+  }
+
+ private:
+  Chunk of(const AttentionItem& item, int number) const {
+    const int32_t* blocks = rows_.block_tables + static_cast<size_t>(item.tile->row) * rows_.table_width;
+    return find_chunk(cache_, blocks, item.kv_head, number, item.tile->first_position + item.tile->num_tokens);
+  }
+
+  const Cache& cache_;
+  const Rows& rows_;
+  const AttentionItem &item_, &next_;
+  int end_;
+};
+
 // One piece of a tile's context into `part`.
 template <bool bf16>
-void attend_piece(const Cache& cache, const int32_t* blocks, const AttentionTile& tile, int kv_head, int group,
-                  int piece, const Scratch& scratch, const Partial& part) {
-  const int rows = tile.num_tokens * group, d = cache.head_dim;
+void attend_piece(const Walk& walk, const AttentionTile& tile, int group, int d, int piece, const Scratch& scratch,
+                  const Partial& part) {
+  const int rows = tile.num_tokens * group;
   std::fill(part.acc, part.acc + static_cast<size_t>(rows) * padded(d), 0.0f);
   std::fill(part.max, part.max + rows, -INFINITE);
   std::fill(scratch.lanes, scratch.lanes + rows * LANES, 0.0f);
   const int end = std::min((piece + 1) * PIECE, tile.first_position + tile.num_tokens);
   const int num_groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  for (int begin = piece * PIECE; begin < end; begin += CHUNK) {
-    const Chunk chunk = find_chunk(cache, blocks, kv_head, begin, end);
+  for (int number = piece * (PIECE / CHUNK); number * CHUNK < end; number++) {
+    const Chunk chunk = walk.chunk(number), later = walk.chunk(number + AHEAD);
     for (int g = 0; g < num_groups; g++) {
       const int first = rows * g / num_groups, last = rows * (g + 1) / num_groups;
       int visible[MOST_ROWS] = {};
-      for (int m = first; m < last; m++) visible[m - first] = tile.first_position + m / group + 1 - begin;
-      if (visible[last - first - 1] > 0) attend_rows<bf16>(last - first, chunk, d, visible, first, scratch, part);
+      for (int m = first; m < last; m++) visible[m - first] = tile.first_position + m / group + 1 - number * CHUNK;
+      if (visible[last - first - 1] <= 0) continue;
+      if (g == num_groups - 1)
+        attend_rows<bf16, true>(last - first, chunk, later, d, visible, first, scratch, part);
+      else
+        attend_rows<bf16, false>(last - first, chunk, later, d, visible, first, scratch, part);
     }
   }
   for (int m = 0; m < rows; m++) part.sum[m] = sum(load(scratch.lanes + m * LANES));
@@ -348,30 +398,31 @@ void write_out(const Attended& io, const AttentionTile& tile, int kv_head, int g
 }
 
 template <bool bf16>
-void attend_tile(const Cache& cache, const Rows& rows, const Attended& io, const AttentionTile& tile, int kv_head,
-                 void* memory, float* partials) {
+void attend_item(const Cache& cache, const Rows& rows, const Attended& io, const AttentionItem& item,
+                 const AttentionItem& next, void* memory, float* partials) {
+  const AttentionTile& tile = *item.tile;
   const int d = cache.head_dim, group = io.heads / cache.kv_heads, num_rows = tile.num_tokens * group;
-  const int32_t* blocks = rows.block_tables + static_cast<size_t>(tile.row) * rows.table_width;
   Scratch scratch;
   lay_out(scratch, memory, group * tile_tokens(group), d);
-  pack_queries<bf16>(io, tile, kv_head, group, d, scratch.query);
+  pack_queries<bf16>(io, tile, item.kv_head, group, d, scratch.query);
   float* place = scratch.own;
-  if (tile.partial >= 0) place = partials + tile.partial + kv_head * partial_floats(num_rows, d);
+  if (tile.partial >= 0) place = partials + tile.partial + item.kv_head * partial_floats(num_rows, d);
   const Partial own = partial_at(place, num_rows, d), other = partial_at(scratch.other, num_rows, d);
+  const Walk walk(cache, rows, item, next);
   for (int piece = tile.piece_begin; piece < tile.piece_end; piece++) {
     const bool is_first = piece == tile.piece_begin;
-    attend_piece<bf16>(cache, blocks, tile, kv_head, group, piece, scratch, is_first ? own : other);
+    attend_piece<bf16>(walk, tile, group, d, piece, scratch, is_first ? own : other);
     if (!is_first) fold(own, other, num_rows, d);
   }
-  if (tile.partial < 0) write_out(io, tile, kv_head, group, d, own);
+  if (tile.partial < 0) write_out(io, tile, item.kv_head, group, d, own);
 }
 
-void attend(const Cache& cache, const Rows& rows, const Attended& io, const AttentionTile& tile, int kv_head,
-            void* scratch, float* partials) {
+void attend(const Cache& cache, const Rows& rows, const Attended& io, const AttentionItem& item,
+            const AttentionItem& next, void* scratch, float* partials) {
   if (cache.bf16)
-    attend_tile<true>(cache, rows, io, tile, kv_head, scratch, partials);
+    attend_item<true>(cache, rows, io, item, next, scratch, partials);
   else
-    attend_tile<false>(cache, rows, io, tile, kv_head, scratch, partials);
+    attend_item<false>(cache, rows, io, item, next, scratch, partials);
 }
 
 void combine(const Cache& cache, const Attended& io, const AttentionTile* tiles, AttentionSplit split, int kv_head,

@@ -134,8 +134,12 @@ class Attending {
     const auto& tiles = step_.plan.tiles();
     const auto& split = step_.plan.splits();
     char* scratch = scratch_ + each_ * thread;
-    for (int i; (i = items.take()) < static_cast<int>(tiles.size()) * cache.kv_heads;)
-      kernels_.attend(cache, step_.rows, io_, tiles[i / cache.kv_heads], i % cache.kv_heads, scratch, partials_);
+    const int count = static_cast<int>(tiles.size()) * cache.kv_heads;
+    const auto item = [&](int i) { return AttentionItem{&tiles[i / cache.kv_heads], i % cache.kv_heads}; };
+    for (int i = items.take(), next; i < count; i = next) {
+      next = items.take();
+      kernels_.attend(cache, step_.rows, io_, item(i), item(next < count ? next : i), scratch, partials_);
+    }
     if (split.empty()) return;
     pool_.barrier();
     for (int i; (i = splits.take()) < static_cast<int>(split.size()) * cache.kv_heads;)

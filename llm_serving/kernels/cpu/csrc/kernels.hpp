@@ -134,6 +134,11 @@ struct AttentionTile {
   int64_t partial;  // first float of its partial results; -1: it has all pieces and writes the output
 };
 
+struct AttentionItem {
+  const AttentionTile* tile;
+  int kv_head;
+};
+
 // The tiles [tile_begin, tile_end) of one token range, whose partial results make its output.
 struct AttentionSplit {
   int tile_begin, tile_end;
@@ -151,9 +156,10 @@ struct AttentionKernels {
   void (*write)(const Cache&, const Projected&, int begin, int end);
   // Bytes of scratch of one thread, aligned to 64.
   size_t (*scratch_bytes)(const Cache&, int heads);
-  // One tile and kv head.  Every key it sees has been written.  `partials` may be null if nothing is split.
-  void (*attend)(const Cache&, const Rows&, const Attended&, const AttentionTile&, int kv_head,
-                 void* scratch, float* partials);
+  // One item.  Every key it sees has been written.  `next` is what the thread does then, whose first keys it
+  // fetches (`item` again if there is none).  `partials` may be null if nothing is split.
+  void (*attend)(const Cache&, const Rows&, const Attended&, const AttentionItem& item,
+                 const AttentionItem& next, void* scratch, float* partials);
   // The output of a split, once all its tiles are attended.
   void (*combine)(const Cache&, const Attended&, const AttentionTile* tiles, AttentionSplit, int kv_head,
                   float* partials);
