@@ -259,6 +259,7 @@ def _draw_count(
         return
     style: dict[str, Any] = {"color": colour, "gid": name.partition(" ")[0]}
     if (pieces := band(at, counts)) is None:
+        style["clip_on"] = False  # a line at 0 is as thick as any
         axes.step(at / scale, counts, where="post", lw=1.8, label=name, **style)
         return
     axes.fill_between(pieces.at / scale, pieces.low, pieces.high, color=colour, alpha=0.2, lw=0)
