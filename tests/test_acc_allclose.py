@@ -432,13 +432,14 @@ def test_a_file_that_holds_no_logits_fails_by_name(
     assert ("its new file" in failures(output)) == (side == "new")
 
 
+@pytest.mark.parametrize("side", ["base", "new"])
 @pytest.mark.parametrize("how", ["object array", "plain pickle"])
-def test_a_pickled_baseline_fails_with_the_lines_that_convert_it(
-    base: pathlib.Path, new: pathlib.Path, run: Run, how: str
+def test_a_pickled_file_fails_with_the_lines_that_convert_its_folder(
+    base: pathlib.Path, new: pathlib.Path, run: Run, how: str, side: str
 ) -> None:
     for folder in (base, new):
         save(folder, "1.5_12_100.npy", logits_of(0))
-    path = base / "1.5_12_100.npy"
+    path = {"base": base, "new": new}[side] / "1.5_12_100.npy"
     if how == "plain pickle":
         path.write_bytes(pickle.dumps(logits_of(0)))
     else:

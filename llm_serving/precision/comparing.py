@@ -55,7 +55,8 @@ def compare(pair: Pair, tolerance: Tolerance, dtypes: Counter[str]) -> Compariso
             _check_finite(logits)
         except Unreadable as exc:
             which = "" if saved is pair.base else f"its new file {saved.name} "
-            raise Unreadable(f"{which}{exc}", is_pickle=exc.is_pickle) from exc
+            folder = saved.path.parent
+            raise Unreadable(f"{which}{exc}", is_pickle=exc.is_pickle, folder=folder) from exc
         if header.dtype.itemsize != 4:
             dtypes[f"{where} files are {header.dtype.name}"] += 1
         sides.append(logits)

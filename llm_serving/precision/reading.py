@@ -36,11 +36,14 @@ where the framework that wrote it (MindSpore, for example) is installed:
 
 
 class Unreadable(Exception):
-    """A file that holds no logits; says why."""
+    """A file that holds no logits; says why, and where it lies once that is known."""
 
-    def __init__(self, why: str, *, is_pickle: bool = False) -> None:
+    def __init__(
+        self, why: str, *, is_pickle: bool = False, folder: pathlib.Path | None = None
+    ) -> None:
         super().__init__(why)
         self.is_pickle = is_pickle
+        self.folder = folder
 
 
 @dataclass(frozen=True, slots=True)

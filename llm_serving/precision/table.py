@@ -41,8 +41,8 @@ def print_report(result: Result, base: Folder, worst: int, console: Console) -> 
         say(f"\n{repeated} prefixes occur more than once in both; paired in the order of time")
     _say_list(say, "new files without a partner", result.alone)
     _say_list(say, "failed", [f"{each.name}: {each.reason}" for each in result.failures])
-    if result.has_pickles:
-        say("\n" + UNPICKLE.format(pattern=f"{base.path}/*.npy"))
+    for folder in sorted(result.pickled_in):
+        say("\n" + UNPICKLE.format(pattern=f"{folder}/*.npy"))
     if not result.num_files:
         say(f"nothing to compare: no .npy file in {printable(str(base.path))}")
     say()

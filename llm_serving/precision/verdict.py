@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ class Result:
     alone: list[str] = field(default_factory=list)  # new files without a partner
     notes: list[str] = field(default_factory=list)
     num_files: int = 0  # of the baseline
-    has_pickles: bool = False
+    pickled_in: set[pathlib.Path] = field(default_factory=set)  # folders with pickled files
 
     @property
     def num_passed(self) -> int:
@@ -63,7 +64,8 @@ def compare_folders(
             made = compare(pair, tolerance, dtypes)
         except Unreadable as exc:
             result.failures.append(Failure(pair.base.name, str(exc)))
-            result.has_pickles |= exc.is_pickle
+            if exc.is_pickle and exc.folder is not None:
+                result.pickled_in.add(exc.folder)
         else:
             result.compared.append(made)
             if not made.passed:
