@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 import pytest
+from rich.console import Console
 
 import acc_allclose
 from llm_serving.precision import tolerances
@@ -613,6 +615,22 @@ def test_the_table_shows_the_worst_and_what_failed_first(
     assert "the worst 3 of 214 files" in output
     assert sum(path.name in output for path in baseline) == 3
     assert "the worst" not in run("--worst", "0")[1]
+
+
+def test_the_table_names_the_files_on_a_narrow_screen_too(
+    baseline: list[pathlib.Path],
+    base: pathlib.Path,
+    new: pathlib.Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_new(new)
+    monkeypatch.setattr(acc_allclose, "Console", lambda **_: Console(width=80))
+    _, output = run("--worst", "3")
+    table = output.partition("the worst 3 of")[2].partition("214 pairs")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    times = {path.name.partition("_")[0] for path in baseline}
+    assert len(times & set(re.findall(r"\d+\.\d{7}", table))) == 3
 
 
 def test_names_are_printed_without_what_disturbs_a_terminal(

@@ -21,6 +21,7 @@ from llm_serving.precision.verdict import Result, failing_requests
 __all__ = ["print_report"]
 
 _MAX_LISTED = 100
+_MIN_NAME = 20  # columns for the name of a file, which is folded on a narrow screen
 
 
 def print_report(result: Result, base: Folder, worst: int, console: Console) -> None:
@@ -79,9 +80,10 @@ def _describe(labels: Labels) -> str:
 
 
 def _table(compared: Sequence[Comparison], worst: int) -> Table:
-    table = Table(title=f"the worst {min(worst, len(compared))} of {len(compared)} files")
-    table.add_column("baseline file", overflow="fold")
-    for name in ("max error", "mean error", "KL", "top-1", "beyond", "first index", ""):
+    title = f"the worst {min(worst, len(compared))} of {len(compared)} files"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None)
+    table.add_column("\nbaseline file", overflow="fold", min_width=_MIN_NAME)
+    for name in ("max\nerror", "mean\nerror", "\nKL", "\ntop-1", "\nbeyond", "first\nindex", ""):
         table.add_column(name, justify="right", no_wrap=True)
     ranked = sorted(compared, key=lambda each: (each.passed, -each.max_error))
     for each in ranked[:worst]:
