@@ -150,8 +150,8 @@ def test_drawing_is_told_where_it_takes_long(
 ) -> None:
     monkeypatch.setattr(screen, "_SPEAK_S", 0.0)
     assert load_test(server, save="png") == 0
-    told = re.findall(r"^drawing \d .*$", load_test.out, re.M)
-    assert told == [f"drawing {done}  pictures ..." for done in range(5)]
+    told = re.findall(r"^drawing the pictures: .*$", load_test.out, re.M)
+    assert told == [f"drawing the pictures: {done} of 4" for done in range(5)]
 
 
 def test_a_second_run_in_the_same_minute_writes_over_nothing(

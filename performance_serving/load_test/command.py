@@ -106,17 +106,18 @@ def _save(
 def _draw(run: Run, files: OutputFiles, screen: Screen) -> list[Path]:
     """The pictures and the page, as far as they are wanted."""
     saved: list[Path] = []
-    with tempfile.TemporaryDirectory() as folder, screen.progress("drawing", None) as show:
+    progress = screen.progress("drawing the pictures:", plots.NUM_PICTURES)
+    with tempfile.TemporaryDirectory() as folder, progress as show:
         pictures = []
-        show(0, "pictures ...")
+        show(0, "")
         for path in plots.draw(run, Path(folder)):
             pictures.append(path)
-            show(len(pictures), "pictures ...")
+            show(len(pictures), "")
         if "png" in files.kinds:
             pictures = [Path(shutil.move(path, files.picture(path))) for path in pictures]
             saved += pictures
         if "html" in files.kinds:
-            show(len(pictures), "pictures, and the page ...")
+            show(len(pictures), "and the page")
             html_report.write(run, pictures, files.html)
             saved.append(files.html)
     return saved

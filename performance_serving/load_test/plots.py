@@ -45,7 +45,7 @@ from load_test.picture_style import (
 )
 from load_test.results import RequestRecord, Run
 
-__all__ = ["LATENCIES", "draw", "pictures", "stem"]
+__all__ = ["LATENCIES", "NUM_PICTURES", "draw", "pictures", "stem"]
 
 LATENCIES = {
     "ttft": "time to first token",
@@ -53,6 +53,7 @@ LATENCIES = {
     "itl": "gap between tokens",
     "e2e": "end to end",
 }
+NUM_PICTURES = 4
 _DOTS_PER_INCH = 150
 _MANY = 2000  # points: beyond, they are drawn as an image even in an SVG
 _ENOUGH = 60  # points for a line of medians
