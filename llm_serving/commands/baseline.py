@@ -133,6 +133,9 @@ def baseline(
     try:
         with EtaBar() as bar:
             job(reference, PatientDump(dump), bar.show)
+    except BaseException:  # Ctrl-C, too: half a baseline passes as a whole one
+        print(f"{out} holds only a part of the baseline: remove it", file=sys.stderr)
+        raise
     finally:
         dump.close()
     _report(dump, out, time.monotonic() - began)
