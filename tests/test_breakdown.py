@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from llm_serving.diagnostics.breakdown import Breakdown, break_down
-from llm_serving.diagnostics.breakdown_load import decode_ms
-from llm_serving.diagnostics.breakdown_observation import (
+from llm_serving.diagnostics.breakdown.breakdown import Breakdown, break_down
+from llm_serving.diagnostics.breakdown.load import decode_ms
+from llm_serving.diagnostics.breakdown.observation import (
     BareFigures,
     ClientRequest,
     Load,
@@ -21,10 +21,10 @@ from llm_serving.diagnostics.breakdown_observation import (
     load,
     save,
 )
-from llm_serving.diagnostics.breakdown_plot import plot_breakdown
-from llm_serving.diagnostics.breakdown_report import print_breakdown
-from llm_serving.diagnostics.breakdown_timeline import timeline_events, write_timeline
-from llm_serving.diagnostics.breakdown_tree import Node
+from llm_serving.diagnostics.breakdown.plot import plot_breakdown
+from llm_serving.diagnostics.breakdown.report import print_breakdown
+from llm_serving.diagnostics.breakdown.timeline import timeline_events, write_timeline
+from llm_serving.diagnostics.breakdown.tree import Node
 from llm_serving.errors import ConfigError, ServingError
 from llm_serving.step_trace import StepRecord
 from tests.breakdown_samples import (

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_serving.diagnostics.breakdown_observation import TraceAnswer
-from llm_serving.diagnostics.breakdown_steps import agent_shares, broken_sums
-from llm_serving.diagnostics.breakdown_trace import COLUMNS, Spans, Steps, read_steps
+from llm_serving.diagnostics.breakdown.observation import TraceAnswer
+from llm_serving.diagnostics.breakdown.steps import agent_shares, broken_sums
+from llm_serving.diagnostics.breakdown.trace import COLUMNS, Spans, Steps, read_steps
 from llm_serving.errors import ConfigError
 from llm_serving.step_trace import AGENT_STAGES, MASTER_STAGES, MASTER_STAMPS, StepRecord
 from tests.breakdown_samples import MS, Costs, answer_of, simulate

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_serving.diagnostics.kernel_sockets import tcp_sockets
+from llm_serving.diagnostics.machine.kernel_sockets import tcp_sockets
+from llm_serving.diagnostics.machine.shared_memory import check_room, check_segments, room_needed
+from llm_serving.diagnostics.machine.sockets import check_channel, check_port, check_socket_folder
 from llm_serving.diagnostics.places import Places
-from llm_serving.diagnostics.shared_memory_checks import check_room, check_segments, room_needed
-from llm_serving.diagnostics.socket_checks import check_channel, check_port, check_socket_folder
 from llm_serving.transport import shared_memory
 from llm_serving.transport.shared_memory import sweep_segments
 from llm_serving.transport.socket_folder import sweep_sockets

@@ -12,10 +12,10 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from llm_serving.commands.diagnose_twin import FAILING_STEP, TWIN, twin_step
-from llm_serving.diagnostics.echo_link import Transport
-from llm_serving.diagnostics.handshake_check import check_listener, refusal_ms
-from llm_serving.diagnostics.message_checks import KINDS, TwinSettings, check_messages
-from llm_serving.diagnostics.twin import REPLIES
+from llm_serving.diagnostics.probes.echo_link import Transport
+from llm_serving.diagnostics.server.handshake import check_listener, refusal_ms
+from llm_serving.diagnostics.server.messages import KINDS, TwinSettings, check_messages
+from llm_serving.diagnostics.server.twin import REPLIES
 from llm_serving.errors import ChannelError
 from llm_serving.transport.address import Address, format_address
 from llm_serving.transport.frames import encode
