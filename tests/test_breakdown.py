@@ -119,7 +119,7 @@ def test_without_a_load_the_tree_is_of_the_steps_themselves() -> None:
 
 def test_without_a_decode_step_the_tree_is_of_the_commonest_kind() -> None:
     found = break_down(observation(simulate(5, kinds=[MIXED, PREFILL, PREFILL])))
-    assert found.basis.kind == "prefill"
+    assert (found.basis.kind, found.tree.name) == ("prefill", "prefill step")
     assert found.bare == "there is no decode step to compare with the bare model loop"
     assert "milliseconds per step: means of 3 prefill steps" in text_of(found)
 
@@ -169,6 +169,13 @@ def test_steps_that_left_no_record_are_counted() -> None:
     notes = break_down(observation(records)).notes
     assert "3 steps left no record: they failed, or were lost with their agent" in notes
     assert any(note.startswith("pauses without work, 1 of them") for note in notes)
+
+
+def test_a_load_on_a_server_that_writes_logits_is_noted() -> None:
+    load = Load(1, 8, 2, [ClientRequest(0, 0, [1, 2], 3, prompt_tokens=8)])
+    for precision, num_notes in (None, 0), ({"num_written": 4}, 1):
+        seen = observation(simulate(5), load=load, info={"precision": precision})
+        assert sum("writes logits" in note for note in break_down(seen).notes) == num_notes
 
 
 def test_what_does_not_hold_is_printed_in_the_place_of_the_checks() -> None:

@@ -231,6 +231,8 @@ def test_a_trace_of_another_release_is_refused_by_the_column_it_lacks() -> None:
         read_steps(TraceAnswer(0, names, []))
     with pytest.raises(ConfigError, match="longer or shorter"):
         read_steps(TraceAnswer(0, list(COLUMNS), [[1, 2, 3]]))
+    with pytest.raises(ConfigError, match="no clock shows"):
+        read_steps(TraceAnswer(0, list(COLUMNS), [[10**30] * len(COLUMNS)]))
 
 
 def test_a_trace_without_steps_is_empty() -> None:

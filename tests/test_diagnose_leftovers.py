@@ -214,6 +214,21 @@ async def test_both_ends_of_a_living_agents_channel_are_found(
         await deployed.worker.close()
 
 
+@pytest.mark.parametrize(
+    ("state", "words", "cure"),
+    [("T", "SIGSTOP", "kill -CONT 7"), ("t", "debugger", "debugger"), ("Z", "ended", "restart")],
+)
+def test_an_agent_that_does_not_run_is_broken_with_what_helps(
+    tmp_path: pathlib.Path, state: str, words: str, cure: str
+) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/stat").write_text(f"7 (llm serving (agent)) {state} 1 7")
+    agent = {"rank": 0, "pid": 7, "address": "127.0.0.1:4711"}
+    found = check_channel(Places(proc=tmp_path), agent)
+    assert (found.verdict, words in found.found, cure in found.cure) == ("broken", True, True)
+    assert ("CONT" in found.cure) == (state == "T")
+
+
 def test_an_agent_without_an_address_is_broken() -> None:
     assert check_channel(Places(), {"rank": 0, "pid": 1}).verdict == "broken"
 

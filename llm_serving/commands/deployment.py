@@ -93,8 +93,11 @@ class Deployment:
 
     async def run(self) -> int:
         """Start, serve, stop; the exit code."""
-        with transport_log(self._config.agent) as log:
-            return await self._run(Traffic(log))
+        with transport_log(self._config.agent, self._report.event) as log:
+            code = await self._run(Traffic(log))
+            if log is not None and code:
+                log.ended = f"exit code {code}"
+            return code
 
     async def _run(self, traffic: Traffic) -> int:
         stop = stop_event()

@@ -78,7 +78,7 @@ def break_down(observation: Observation) -> Breakdown:
     kinds = KindFigures.of_all(steps)
     shares = agent_shares(steps)
     requests = requests_of(load, change)
-    tree = tree_of(basis.steps, client_ms)
+    tree = tree_of(basis, client_ms)
     facts = Facts(tree, bare, kinds, shares, requests, change, observation.info)
     return Breakdown(
         observation,
@@ -144,6 +144,11 @@ def _notes(observation: Observation, steps: Steps, num_ran: int, change: Change)
         notes.append(f"{lost} steps left no record: they failed, or were lost with their agent")
     if observation.load is not None:
         notes += _load_notes(observation.load, change)
+        if observation.info.get("precision"):
+            notes.append(
+                "the server writes logits: those of this load are among its files, and taking them "
+                "is part of its steps"
+            )
     return notes
 
 

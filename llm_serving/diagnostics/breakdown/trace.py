@@ -148,7 +148,10 @@ def read_steps(answer: TraceAnswer) -> tuple[Steps, list[int]]:
     if any(len(row) != len(answer.columns) for row in answer.steps):
         raise ConfigError("the trace has steps that are longer or shorter than its columns")
     places = [answer.columns.index(name) for name in COLUMNS]
-    whole = np.array(answer.steps, np.int64).reshape(-1, len(answer.columns))
+    try:
+        whole = np.array(answer.steps, np.int64).reshape(-1, len(answer.columns))
+    except OverflowError:
+        raise ConfigError("the trace has numbers that no clock shows: it is damaged") from None
     table = whole[:, places]
     table = table[np.argsort(table[:, COLUMNS.index("done")], kind="stable")]
     in_order = _in_order(table)

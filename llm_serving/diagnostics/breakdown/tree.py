@@ -50,8 +50,9 @@ class Basis:
         return cls(full, "decode", streams) if len(full) else cls(decode, "decode", None)
 
 
-def tree_of(steps: Steps, client_ms: float | None) -> Node:
+def tree_of(basis: Basis, client_ms: float | None) -> Node:
     """Of the time between two tokens at the client; without one, of the steps' mean period."""
+    steps = basis.steps
     stages = dict(zip(AGENT_STAGES, _means(steps.agent), strict=True))
     period = _mean(steps.period)
     total = period if client_ms is None else client_ms
@@ -65,7 +66,7 @@ def tree_of(steps: Steps, client_ms: float | None) -> Node:
         service.append(Node("client's beyond the step's", client_ms - period))
     model_ms = sum(node.ms for node in model)
     return Node(
-        "decode step" if client_ms is None else "client",
+        f"{basis.kind} step" if client_ms is None else "client",
         total,
         (
             Node("service (all that is not the model)", total - model_ms, tuple(service)),

@@ -18,7 +18,11 @@ from llm_serving.transport.address import parse_address
 
 __all__ = ["check_channel", "check_port", "check_socket_folder", "try_to_bind"]
 
-_HALTED = {"T": "it is stopped (SIGSTOP)", "t": "a debugger holds it", "Z": "it has ended"}
+_HALTED = {  # the letter of `ps`, in words, and what helps
+    "T": ("it is stopped (SIGSTOP)", "kill -CONT {pid}, or restart the server"),
+    "t": ("a debugger holds it", "let it go on in the debugger, or restart the server"),
+    "Z": ("it has ended", "the server starts another one; if it does not, restart the server"),
+}
 _UNSEEN = "a process that cannot be seen from here"
 
 
@@ -105,8 +109,10 @@ def check_channel(places: Places, agent: Mapping[str, Any]) -> Finding:
         else _tcp_ends(places, address, pid)
     )
     if (state := _state(places, pid)) in _HALTED:
-        words = f"agent pid {pid} does not run: {_HALTED[state]}"
-        return Finding(item, "broken", words, f"kill -CONT {pid}, or restart the server")
+        words, cure = _HALTED[state]
+        return Finding(
+            item, "broken", f"agent pid {pid} does not run: {words}", cure.format(pid=pid)
+        )
     if len(ends) == 2:
         words = f"{ends[0]} <-> {ends[1]}"
         return Finding(item, "OK", words, values={"server_end": ends[0], "agent_end": ends[1]})
