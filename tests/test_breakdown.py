@@ -347,6 +347,7 @@ def test_the_report_is_readable_in_a_pipe() -> None:
     text = text_of(break_down(own_load()))
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert re.search(r"^client +43\.065 +100\.0 %", text, re.M)
     assert re.search(r"^├── service \(all that is not the model\) +1\.065 +2\.5 %", text, re.M)
     assert re.search(r"^│   │   ├── publish +0\.\d{3} +0\.\d %", text, re.M)
@@ -355,6 +356,15 @@ def test_the_report_is_readable_in_a_pipe() -> None:
     )
     assert "bare model loop 42.00 ms, served 43.06 ms -> overhead 1.06 ms (+2.5 %)" in text
     assert re.search(r"^ = period +43\.065", text, re.M)
+
+
+def test_a_terminal_without_unicode_gets_a_tree_too() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    print_breakdown(break_down(own_load()), stream)
+    text = written.getvalue().decode("ascii")
+    assert re.search(r"^\+-- service \(all that is not the model\) +1\.065 +2\.5 %$", text, re.M)
+    assert re.search(r"^\|   \|   \+-- publish +0\.\d{3} +0\.\d %$", text, re.M)
 
 
 def test_the_picture_is_drawn_for_one_step_and_for_many(tmp_path: pathlib.Path) -> None:

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from llm_serving.diagnostics.breakdown.breakdown import Breakdown
+from llm_serving.diagnostics.breakdown.report import heading
 from llm_serving.diagnostics.breakdown.steps import KindFigures, StageFigures
 from llm_serving.diagnostics.breakdown.timeline import agent_stretches
 from llm_serving.diagnostics.breakdown.trace import Steps
@@ -41,6 +42,8 @@ Stretch = tuple[float, float, str]  # begin and end in milliseconds, colour
 def plot_breakdown(breakdown: Breakdown, path: pathlib.Path) -> None:
     figure = Figure(figsize=(13, 11), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
+    title, *about = heading(breakdown)
+    figure.suptitle(f"{title}\n{'; '.join(about[:2])}", fontsize=11, parse_math=False)
     grid = figure.add_gridspec(3, 2, height_ratios=(1, 0.7, 1.15))
     _agent_bars(figure.add_subplot(grid[0, 0]), breakdown.kinds)
     _master_bars(figure.add_subplot(grid[0, 1]), breakdown.kinds)

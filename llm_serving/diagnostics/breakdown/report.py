@@ -20,8 +20,9 @@ from llm_serving.diagnostics.breakdown.breakdown import Breakdown
 from llm_serving.diagnostics.breakdown.requests import RequestFigures, Transport
 from llm_serving.diagnostics.breakdown.steps import KindFigures, Spread
 from llm_serving.diagnostics.breakdown.tree import Node
+from llm_serving.diagnostics.page import trimmed
 
-__all__ = ["print_breakdown"]
+__all__ = ["heading", "print_breakdown"]
 
 _PIPED_WIDTH = 100
 _MOST_DEVIATION = 0.02  # of the request stages from the wall
@@ -32,13 +33,14 @@ def print_breakdown(breakdown: Breakdown, stream: TextIO | None = None) -> None:
     console = Console(file=stream, highlight=False)
     if not console.is_terminal:
         console = Console(file=stream, highlight=False, width=_PIPED_WIDTH)
-    for part in _parts(breakdown):
-        console.print(part)
-        console.print()
+    with trimmed(console):
+        for part in _parts(breakdown):
+            console.print(part)
+            console.print()
 
 
 def _parts(b: Breakdown) -> Iterator[RenderableType]:
-    yield _heading(b)
+    yield Text("\n".join(heading(b)))
     yield _tree(b)
     yield _bare(b.bare)
     for kind in b.kinds:
@@ -54,7 +56,8 @@ def _parts(b: Breakdown) -> Iterator[RenderableType]:
     yield _listed("what to look at first", b.advice)
 
 
-def _heading(b: Breakdown) -> RenderableType:
+def heading(b: Breakdown) -> list[str]:
+    """Lines that say what was looked at, and how."""
     seen, info, load = b.observation, b.observation.info, b.observation.load
     lines = [f"llm-serving breakdown{f' of {seen.url}' if seen.url else ''}"]
     if info:
@@ -71,7 +74,7 @@ def _heading(b: Breakdown) -> RenderableType:
         lines.append(f"watched for {seen.seconds:g} s, without a load of its own")
     if b.ttft is not None:
         lines.append(f"time to first token at the client: {_spread(b.ttft)} ms")
-    return Text("\n".join(lines))
+    return lines
 
 
 def _tree(b: Breakdown) -> RenderableType:

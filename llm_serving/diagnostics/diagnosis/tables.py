@@ -12,6 +12,7 @@ from rich.text import Text
 
 from llm_serving.diagnostics.diagnosis.diagnosis import Diagnosis
 from llm_serving.diagnostics.findings import Finding, exit_code, megabytes
+from llm_serving.diagnostics.page import trimmed
 from llm_serving.diagnostics.probes.arrays import WAYS, ArrayTiming
 from llm_serving.diagnostics.probes.timings import Timing
 from llm_serving.diagnostics.thresholds import THRESHOLDS
@@ -29,11 +30,8 @@ times: that of shared memory; too large: for a frame, which holds at most 16 MB"
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
-    with console.capture() as capture:
+    with trimmed(console):
         _print(diagnosis, console)
-    for line in capture.get().splitlines():
-        console.file.write(f"{line.rstrip()}\n")  # a pipe needs no padding
-    console.file.flush()
 
 
 def _print(diagnosis: Diagnosis, console: Console) -> None:

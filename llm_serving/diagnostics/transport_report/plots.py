@@ -94,6 +94,8 @@ def _draw_boxes(
                 "alpha": 0.4,
             },
             medianprops={"color": "black", "linewidth": 1.2},
+            whiskerprops={"color": _COLORS[i]},  # a box may be too flat to show its colour
+            capprops={"color": _COLORS[i]},
         )
         box["boxes"][0].set(facecolor=_COLORS[i], alpha=0.75, edgecolor="none")
     return num_zeros
@@ -112,7 +114,9 @@ def _draw_throughput(logs: Sequence[TransportLog]) -> Figure:
         axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(nbins=6, integer=True))
         axis.xaxis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:,.0f}"))
     axes[0].set_ylabel("MB/s (1 MB = 1024 KB = 1,048,576 bytes)")
-    _add_legend(figure, methods, "points: calls; line: median of neighbouring calls")
+    has_lines = any(line.get_linestyle() == "-" for axis in axes for line in axis.lines)
+    note = "points: calls" + ("; line: median of neighbouring calls" if has_lines else "")
+    _add_legend(figure, methods, note)
     return figure
 
 

@@ -21,7 +21,7 @@ from llm_serving.diagnostics.transport_report.statistics import (
 __all__ = ["as_json", "print_comparison", "print_report"]
 
 _STAGES = (*STAGES, OTHER)
-_BAR = 40  # characters
+_BAR, _MARK = 40, "█"  # characters
 _SPREAD = ("mean", "median", "p95", "p99", "max")
 _UNITS = (
     "ms: milliseconds; KB: 1024 bytes; MB: 1024 KB. Sent and Recv hold what went through shared "
@@ -136,11 +136,10 @@ def _print_notes(page: Page, log: TransportLog) -> None:
 
 def _print_shares(page: Page, overall: CallStatistics) -> None:
     percent = rounded_percent(overall.shares)
-    mark = "█" if page.is_unicode else "#"
     lengths = [0 if math.isnan(p) else round(p / 100 * _BAR) for p in percent.values()]
     columns = [
         [*map(_title, percent), "all"],
-        [mark * length for length in lengths] + [""],
+        [_MARK * length for length in lengths] + [""],
         [figure(share, 1) for share in (*percent.values(), math.fsum(percent.values()))],
     ]
     page.table(("Share of Total", "", "%"), columns, left=2)
