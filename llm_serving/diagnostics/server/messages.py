@@ -21,7 +21,7 @@ from llm_serving.diagnostics.probes.timings import nearest_rank
 from llm_serving.diagnostics.server.handshake import refusal_ms
 from llm_serving.diagnostics.server.twin import EPOCH, REPLIES, Twin
 from llm_serving.diagnostics.thresholds import THRESHOLDS, verdict_of
-from llm_serving.errors import ChannelError, ServingError
+from llm_serving.errors import ChannelError
 from llm_serving.protocol import Executed, Failed, Ping, Pong, Ready, Reply
 from llm_serving.step_arrays import StepInputs
 from llm_serving.testing import next_token
@@ -61,8 +61,8 @@ async def check_messages(transport: Transport, settings: TwinSettings) -> list[F
         async with contextlib.AsyncExitStack() as stack:
             twin = await _meet(transport, settings, trials, stack, said)
             await _talk(twin, settings, trials)
-    except (ServingError, OSError) as exc:  # now that it has ended, it has said all
-        trials.fail(exc, said)
+    except Exception as exc:  # our own code is what is looked at: it may fail in any way
+        trials.fail(exc, said)  # now that the twin has ended, it has said all
     return trials.findings
 
 
@@ -90,7 +90,7 @@ class _Trials:
 
     def fail(self, exc: Exception, said: Sequence[str]) -> None:
         """The kind that was being tried is broken, those behind it are skipped."""
-        broken, *rest = KINDS[len(self.findings) :]
+        broken, *rest = KINDS[len(self.findings) :] or ("cleaning up",)
         ours = "".join(traceback.format_exception(exc)).rstrip()
         theirs = "\n".join(said) or "(it has printed nothing)"
         self.findings.append(
