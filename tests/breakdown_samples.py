@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llm_serving.diagnostics.breakdown_observation import (
+from llm_serving.diagnostics.breakdown.observation import (
     ClientRequest,
     Load,
     Observation,

@@ -183,7 +183,8 @@ class FakeLlmServer:
         if fate.end == "closed_port":
             self._server.close()
         if fate.status != 200:
-            _send(writer, fate.status, json.dumps({"error": "scripted", "error_type": "test"}))
+            error = json.dumps({"error": "scripted", "error_type": "test"})
+            _send(writer, fate.status, error, more="Location: /elsewhere\r\n")
             return
         if fate.end == "page":
             _send(writer, 200, "<html>", "text/html")
@@ -298,8 +299,13 @@ async def _read_request(
 
 
 def _send(
-    writer: asyncio.StreamWriter, status: int, text: str, kind: str = "application/json"
+    writer: asyncio.StreamWriter,
+    status: int,
+    text: str,
+    kind: str = "application/json",
+    more: str = "",
 ) -> None:
+    """`more`: further lines of the head."""
     data = text.encode()
     head = f"HTTP/1.1 {status} X\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n"
-    writer.write(head.encode() + b"Connection: close\r\n\r\n" + data)
+    writer.write(head.encode() + more.encode() + b"Connection: close\r\n\r\n" + data)

@@ -1,27 +1,32 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pathlib
 import pickle
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from rich.console import Console
 
 import acc_allclose
-from acc_allclose import Saved, keys_match, keys_of, may_belong, pair_up
-from llm_serving.precision.manifest import ManifestEntry, ManifestWriter
-from llm_serving.precision.naming import file_name, key_of, prefix_digest
+from llm_serving.precision import tolerances
+from llm_serving.precision.manifest import ManifestEntry
+from llm_serving.precision.manifest_writer import ManifestWriter
+from llm_serving.precision.naming import file_name, key_of, keys_of, prefix_digest
+from llm_serving.precision.tolerances import Tolerance
 
 VOCAB_SIZE = 40
+_NEEDED = ("numpy", "rich", "pygments", "markdown_it", "mdurl")  # rich, and what rich imports
 WILD = [1, 7523, 278, 1494, 14880, 322]  # the ids behind the two keys that users know
 WHOLE, FLOATS = "17523278149414880322", "1.07523.0278.01494.0"
-IDS = st.lists(st.integers(0, 200_000), min_size=1, max_size=30)
 
 Logits = npt.NDArray[np.float32]
 Run = Callable[..., tuple[int, str]]
@@ -96,67 +101,6 @@ def last_line(output: str) -> str:
 
 def failures(output: str) -> str:
     return output.partition("\nfailed (")[2]
-
-
-# ---- keys
-
-
-@settings(derandomize=True, deadline=None, max_examples=1000)
-@given(IDS)
-def test_both_spellings_of_the_same_ids_match(ids: list[int]) -> None:
-    whole, floats = keys_of(ids)
-    assert keys_match(whole, floats)
-    assert keys_match(floats, whole)
-    assert keys_match(whole, whole)
-    assert len(whole) <= 20
-    assert len(floats) <= 20
-    assert floats == key_of(np.array(ids, np.int32))  # as the server names them
-
-
-@settings(derandomize=True, deadline=None, max_examples=1000)
-@given(IDS, IDS)
-def test_a_float_key_matches_only_ids_that_begin_with_its_digits(
-    ids: list[int], others: list[int]
-) -> None:
-    """Told from the full texts, without the rules of normalising."""
-    _, floats = keys_of(ids)
-    whole, _ = keys_of(others)
-    complete = "".join(f"{i}.0" for i in ids)
-    seen = "".join(map(str, ids)) if len(complete) < 20 else _digits_within(ids)
-    expected = whole == seen[:20] if len(complete) < 20 else whole.startswith(seen)
-    assert keys_match(floats, whole) == expected
-
-
-def _digits_within(ids: Sequence[int]) -> str:
-    """The digits of the ids themselves among the first 20 characters of the float spelling."""
-    characters = []
-    for i in ids:
-        characters += [(c, True) for c in str(i)] + [(".", False), ("0", False)]
-    return "".join(c for c, is_digit in characters[:20] if is_digit)
-
-
-@pytest.mark.parametrize(
-    ("floats", "digits"),
-    [
-        ("1.07523.0278.01494.0", "175232781494"),
-        ("1.0.", "1"),
-        ("10.07.0", "107"),
-        ("0.00.01.0", "001"),
-        ("1.014880.0", "114880"),
-        ("1.014880.", "114880"),
-        ("1.0148", "1148"),
-    ],
-)
-def test_a_float_key_says_these_digits(floats: str, digits: str) -> None:
-    assert acc_allclose.digits_of(floats) == digits
-
-
-def test_the_two_keys_that_users_know_belong_together() -> None:
-    assert keys_of(WILD) == (WHOLE, FLOATS)
-    assert keys_match(WHOLE, FLOATS)
-    assert not keys_match("17523278149514880322", FLOATS)
-    assert not keys_match("12", "123")
-    assert not keys_match("1.02.0", "123")
 
 
 # ---- the story of the 214 files
@@ -360,48 +304,6 @@ def test_the_order_of_time_decides_where_equal_keys_leave_what_cannot_be(
     assert (code, last_line(output)) == (0, "2/2 passed")
 
 
-ALIKE = st.lists(st.sampled_from([1, 10, 11, 100, 7523]), min_size=12, max_size=12)
-
-
-def in_memory(ids: Sequence[int], spelling: int, time_s: int, with_ids: bool) -> Saved:
-    keys = keys_of(ids)
-    path = pathlib.Path(f"{time_s}_{keys[spelling]}_{len(ids) - 1}.npy")
-    if not with_ids:
-        return Saved(path, time_s, len(ids) - 1, keys[spelling], keys=(keys[spelling],))
-    known = np.array(ids, ">i4").tobytes()
-    return Saved(path, time_s, len(ids) - 1, keys[spelling], known, keys)
-
-
-@settings(derandomize=True, deadline=None)
-@given(st.lists(st.tuples(ALIKE, *[st.integers(0, 1), st.booleans()] * 2), max_size=8))
-def test_the_same_requests_in_the_same_order_find_each_other_however_spelled(
-    requests: list[tuple[list[int], int, bool, int, bool]],
-) -> None:
-    base = [in_memory(r[0], r[1], t, r[2]) for t, r in enumerate(requests)]
-    new = [in_memory(r[0], r[3], t, r[4]) for t, r in enumerate(requests)]
-    pairing = pair_up(base, new)
-    assert (pairing.failed, pairing.alone) == ([], [])
-    if len({keys_of(request[0])[0] for request in requests}) == len(requests):
-        assert all(pair.base.time == pair.new.time for pair in pairing.pairs)
-
-
-@settings(derandomize=True, deadline=None)
-@given(*[st.lists(st.tuples(ALIKE, st.integers(0, 1), st.booleans()), max_size=8)] * 2)
-def test_every_file_is_paired_with_what_it_may_belong_to_or_named(
-    ours: list[tuple[list[int], int, bool]], theirs: list[tuple[list[int], int, bool]]
-) -> None:
-    base = [in_memory(r[0], r[1], t, r[2]) for t, r in enumerate(ours)]
-    new = [in_memory(r[0], r[1], t, r[2]) for t, r in enumerate(theirs)]
-    pairing = pair_up(base, new)
-    assert all(may_belong(pair.base, pair.new) for pair in pairing.pairs)
-    lonely = [saved for saved, why in pairing.failed if why == "no partner"]
-    assert not any(may_belong(saved, other) for saved in lonely for other in new)
-    settled = [pair.base for pair in pairing.pairs] + [saved for saved, _ in pairing.failed]
-    assert sorted(settled, key=id) == sorted(base, key=id)
-    settled = [pair.new for pair in pairing.pairs] + pairing.alone
-    assert sorted(settled, key=id) == sorted(new, key=id)
-
-
 def test_another_text_behind_the_same_key_is_explained(
     base: pathlib.Path, new: pathlib.Path, run: Run
 ) -> None:
@@ -532,13 +434,14 @@ def test_a_file_that_holds_no_logits_fails_by_name(
     assert ("its new file" in failures(output)) == (side == "new")
 
 
+@pytest.mark.parametrize("side", ["base", "new"])
 @pytest.mark.parametrize("how", ["object array", "plain pickle"])
-def test_a_pickled_baseline_fails_with_the_lines_that_convert_it(
-    base: pathlib.Path, new: pathlib.Path, run: Run, how: str
+def test_a_pickled_file_fails_with_the_lines_that_convert_its_folder(
+    base: pathlib.Path, new: pathlib.Path, run: Run, how: str, side: str
 ) -> None:
     for folder in (base, new):
         save(folder, "1.5_12_100.npy", logits_of(0))
-    path = base / "1.5_12_100.npy"
+    path = {"base": base, "new": new}[side] / "1.5_12_100.npy"
     if how == "plain pickle":
         path.write_bytes(pickle.dumps(logits_of(0)))
     else:
@@ -641,11 +544,11 @@ def test_with_a_manifest_the_documented_tolerance_counts(
     base: pathlib.Path, new: pathlib.Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = {
-        ("float32", "*", "*"): acc_allclose.Tolerance(0.001, 0),
-        ("bfloat16", "*", "*"): acc_allclose.Tolerance(0.5, 0),
-        ("bfloat16", "Q4_1", "*"): acc_allclose.Tolerance(0.2, 0),
+        ("float32", "*", "*"): Tolerance(0.001, 0),
+        ("bfloat16", "*", "*"): Tolerance(0.5, 0),
+        ("bfloat16", "Q4_1", "*"): Tolerance(0.2, 0),
     }
-    monkeypatch.setattr(acc_allclose, "TOLERANCES", table)
+    monkeypatch.setattr(tolerances, "TOLERANCES", table)
     ids = prefix(0, 101)
     reference = {"dtype": "float32", "weights": "Q4_1", "kernels": "eager"}
     Pen(base, source="transformers", **reference).write(ids, np.zeros(4, np.float32))
@@ -714,6 +617,22 @@ def test_the_table_shows_the_worst_and_what_failed_first(
     assert "the worst" not in run("--worst", "0")[1]
 
 
+def test_the_table_names_the_files_on_a_narrow_screen_too(
+    baseline: list[pathlib.Path],
+    base: pathlib.Path,
+    new: pathlib.Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_new(new)
+    monkeypatch.setattr(acc_allclose, "Console", lambda **_: Console(width=80))
+    _, output = run("--worst", "3")
+    table = output.partition("the worst 3 of")[2].partition("214 pairs")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    times = {path.name.partition("_")[0] for path in baseline}
+    assert len(times & set(re.findall(r"\d+\.\d{7}", table))) == 3
+
+
 def test_names_are_printed_without_what_disturbs_a_terminal(
     base: pathlib.Path, new: pathlib.Path, run: Run
 ) -> None:
@@ -756,12 +675,28 @@ def test_a_wrong_folder_is_one_sentence(
     assert printed.out == ""
 
 
-@pytest.mark.parametrize("flags", [["--atol", "-1"], ["--rtol", "nan"], ["--worst", "-1"], []])
-def test_wrong_flags_end_with_2(flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--atol", "-1"], "--atol: '-1' came; it must be a number from 0 on"),
+        (["--atol", "much"], "--atol: 'much' came; it must be a number from 0 on"),
+        (["--rtol", "nan"], "--rtol: 'nan' came; it must be a number from 0 on"),
+        (["--worst", "-1"], "--worst: '-1' came; it must be a whole number from 0 on"),
+        (["--worst", "1.5"], "--worst: '1.5' came; it must be a whole number from 0 on"),
+        ([], "required: --base_path/--base-path, --new_path/--new-path"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
     paths = ["--base_path", ".", "--new_path", "."] if flags else []
     with pytest.raises(SystemExit) as ended:
         acc_allclose.main([*paths, *flags])
     assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("acc_allclose: ")
+    assert sentence in error
+    assert error.count("\n") == 1
 
 
 def test_a_report_that_cannot_be_written_is_one_sentence(
@@ -788,3 +723,32 @@ def test_progress_is_told_when_it_takes_longer(
     monkeypatch.setattr(time, "monotonic", lambda: float(next(seconds)))
     assert acc_allclose.main(["--base_path", str(base), "--new_path", str(new)]) == 0
     assert capsys.readouterr().err == "compared 1 of 10\ncompared 6 of 10\n"
+
+
+# ---- as a script
+
+
+def test_it_runs_from_a_checkout_in_which_nothing_is_installed(
+    baseline: list[pathlib.Path], new: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Called from another folder, with numpy and rich, and nothing else, to be imported."""
+    write_new(new)[3].unlink()
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in _NEEDED:
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        origin = pathlib.Path(found.origin)
+        source = origin.parent if origin.name == "__init__.py" else origin
+        (site / source.name).symlink_to(source)
+        for libraries in source.parent.glob(f"{name}.libs"):
+            (site / libraries.name).symlink_to(libraries)
+    script = pathlib.Path(acc_allclose.__file__).resolve()
+    command = [sys.executable, "-S", str(script), "--base_path", "base", "--new_path", str(new)]
+    made = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(site)}, capture_output=True, text=True
+    )
+    assert made.stderr == ""
+    assert (made.returncode, last_line(made.stdout)) == (1, "213/214 passed")
+    assert f"{baseline[3].name}: no file of its key and position" in made.stdout

@@ -28,6 +28,7 @@ from llm_serving.protocol import Executed, Failed, Pong, StepTimes
 from llm_serving.transport.call_log import CallLog
 from llm_serving.transport.shared_memory import SharedMemory
 from llm_serving.worker.agent_worker import AgentWorker
+from llm_serving.worker.answers import Answers
 from llm_serving.worker.launcher import Launcher
 from llm_serving.worker.segments import Segments
 from llm_serving.worker.step_transfer import StepLimits
@@ -106,6 +107,29 @@ async def test_calls_and_bytes_are_counted_as_they_travel(deploy: Deploy) -> Non
     assert traffic.memory_bytes_sent > 2 * len(dataclasses.fields(step(1, 1))) * 4
     assert traffic.frame_bytes_sent > before.frame_bytes_sent + 2 * 100
     assert traffic.frame_bytes_received > before.frame_bytes_received + 2 * 50
+
+
+async def test_a_step_that_failed_is_a_call_in_the_counters_and_in_the_log(
+    deploy: Deploy, tmp_path: pathlib.Path
+) -> None:
+    path = tmp_path / "calls.csv"
+    log = CallLog(path, transport="tcp+shm", methods=["Execute"])
+    deployed = await deploy(traffic=Traffic(log), fail_at=[2])
+    await deployed.run(1, step_id=1)
+    before = dataclasses.replace(deployed.worker.traffic)
+    with pytest.raises(AgentError, match="was to fail"):
+        await deployed.worker.submit(step(2))
+    traffic = deployed.worker.traffic
+    assert traffic.num_calls["Execute"] == 2
+    assert traffic.frame_bytes_received > before.frame_bytes_received + 20
+    assert traffic.memory_bytes_received == before.memory_bytes_received
+    log.close()
+    *_, first, failed, summary = path.read_text().splitlines()
+    assert summary.startswith("# summary: calls=2 ")
+    serialize, send, recv, deserialize, total = map(float, failed.split(",")[2:7])
+    assert min(serialize, send, recv) > 0
+    assert serialize + send + recv + deserialize <= total + 0.001
+    assert float(first.split(",")[8]) > float(failed.split(",")[8]) > 0  # KB that came back
 
 
 async def test_each_call_has_a_line_in_the_log_while_the_worker_runs(
@@ -288,7 +312,11 @@ async def test_results_half_written_by_the_dead_keep_no_slot_from_the_living(
 
 async def test_an_answer_for_another_epoch_or_to_no_question_is_refused(deploy: Deploy) -> None:
     deployed = await deploy(hang_at=[1])
-    deployed.worker.submit(step(1, 1)).cancel()
+    worker = deployed.worker
+    worker.submit(step(1, 1)).cancel()
+    assert worker._group is not None
+    assert worker._segments is not None
+    answers = Answers(worker._group, worker._segments, worker._flights, worker.traffic)
     for reply, match in (
         (Executed(2, 1, StepTimes(), {}), "step 2 out of turn"),
         (Failed(2, "internal", ""), "step 2 out of turn"),
@@ -296,7 +324,7 @@ async def test_an_answer_for_another_epoch_or_to_no_question_is_refused(deploy: 
         (Executed(1, 9, StepTimes(), {}), "epoch 9"),
     ):
         with pytest.raises(ChannelError, match=match):
-            deployed.worker._on_reply(0, reply)
+            answers.take(0, reply)
 
 
 async def test_futures_that_nobody_wants_any_more_do_not_disturb(deploy: Deploy) -> None:

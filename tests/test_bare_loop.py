@@ -10,7 +10,7 @@ import pytest
 from llm_serving.agent.bare_loop import BareLoop
 from llm_serving.agent.model_runner import ModelRunner, StepColumns
 from llm_serving.commands import bare_loop
-from llm_serving.diagnostics.breakdown_observation import BareFigures
+from llm_serving.diagnostics.breakdown.observation import BareFigures
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
 from llm_serving.prepare.cache import store

@@ -166,6 +166,22 @@ def test_files_of_an_earlier_run_are_not_mixed_with_new_ones(
     assert "base holds 1 files of an earlier run; remove the folder" in capsys.readouterr().err
 
 
+def test_half_a_baseline_is_called_so(
+    tiny: Callable[..., int],
+    dataset: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_freely", interrupted)
+    assert tiny("--dataset", dataset, "--out", tmp_path / "base") == 130
+    told = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path / 'base'} holds only a part of the baseline: remove it" in told
+
+
 def test_time_that_is_left_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llm_serving.baseline.prefixes import group_prefixes, read_prefixes
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
-from llm_serving.precision.manifest import ManifestEntry, ManifestWriter
+from llm_serving.precision.manifest import ManifestEntry
+from llm_serving.precision.manifest_writer import ManifestWriter
+from llm_serving.precision.naming import prefix_digest
 from tests.tiny_gguf import CONFIG
 from tests.tiny_models import make_card
 
@@ -21,8 +23,9 @@ TEXTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=1
 
 
 def entry(ids: Sequence[int], **labels: str) -> ManifestEntry:
-    name = f"{len(ids)}.npy"
-    return ManifestEntry(name, "", len(ids) - 1, np.array(ids, np.int32), "", 0.0, **labels)
+    array = np.array(ids, np.int32)
+    name, digest = f"{len(ids)}.npy", prefix_digest(array)
+    return ManifestEntry(name, "", len(ids) - 1, array, digest, 0.0, **labels)
 
 
 @settings(derandomize=True, deadline=None)

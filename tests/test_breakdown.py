@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from llm_serving.diagnostics.breakdown import Breakdown, break_down
-from llm_serving.diagnostics.breakdown_load import decode_ms
-from llm_serving.diagnostics.breakdown_observation import (
+from llm_serving.diagnostics.breakdown.breakdown import Breakdown, break_down
+from llm_serving.diagnostics.breakdown.load import decode_ms
+from llm_serving.diagnostics.breakdown.observation import (
     BareFigures,
     ClientRequest,
     Load,
@@ -21,10 +21,10 @@ from llm_serving.diagnostics.breakdown_observation import (
     load,
     save,
 )
-from llm_serving.diagnostics.breakdown_plot import plot_breakdown
-from llm_serving.diagnostics.breakdown_report import print_breakdown
-from llm_serving.diagnostics.breakdown_timeline import timeline_events, write_timeline
-from llm_serving.diagnostics.breakdown_tree import Node
+from llm_serving.diagnostics.breakdown.plot import plot_breakdown
+from llm_serving.diagnostics.breakdown.report import print_breakdown
+from llm_serving.diagnostics.breakdown.timeline import timeline_events, write_timeline
+from llm_serving.diagnostics.breakdown.tree import Node
 from llm_serving.errors import ConfigError, ServingError
 from llm_serving.step_trace import StepRecord
 from tests.breakdown_samples import (
@@ -119,7 +119,7 @@ def test_without_a_load_the_tree_is_of_the_steps_themselves() -> None:
 
 def test_without_a_decode_step_the_tree_is_of_the_commonest_kind() -> None:
     found = break_down(observation(simulate(5, kinds=[MIXED, PREFILL, PREFILL])))
-    assert found.basis.kind == "prefill"
+    assert (found.basis.kind, found.tree.name) == ("prefill", "prefill step")
     assert found.bare == "there is no decode step to compare with the bare model loop"
     assert "milliseconds per step: means of 3 prefill steps" in text_of(found)
 
@@ -169,6 +169,13 @@ def test_steps_that_left_no_record_are_counted() -> None:
     notes = break_down(observation(records)).notes
     assert "3 steps left no record: they failed, or were lost with their agent" in notes
     assert any(note.startswith("pauses without work, 1 of them") for note in notes)
+
+
+def test_a_load_on_a_server_that_writes_logits_is_noted() -> None:
+    load = Load(1, 8, 2, [ClientRequest(0, 0, [1, 2], 3, prompt_tokens=8)])
+    for precision, num_notes in (None, 0), ({"num_written": 4}, 1):
+        seen = observation(simulate(5), load=load, info={"precision": precision})
+        assert sum("writes logits" in note for note in break_down(seen).notes) == num_notes
 
 
 def test_what_does_not_hold_is_printed_in_the_place_of_the_checks() -> None:
@@ -340,6 +347,7 @@ def test_the_report_is_readable_in_a_pipe() -> None:
     text = text_of(break_down(own_load()))
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 100
+    assert all(line == line.rstrip() for line in text.splitlines())
     assert re.search(r"^client +43\.065 +100\.0 %", text, re.M)
     assert re.search(r"^├── service \(all that is not the model\) +1\.065 +2\.5 %", text, re.M)
     assert re.search(r"^│   │   ├── publish +0\.\d{3} +0\.\d %", text, re.M)
@@ -348,6 +356,15 @@ def test_the_report_is_readable_in_a_pipe() -> None:
     )
     assert "bare model loop 42.00 ms, served 43.06 ms -> overhead 1.06 ms (+2.5 %)" in text
     assert re.search(r"^ = period +43\.065", text, re.M)
+
+
+def test_a_terminal_without_unicode_gets_a_tree_too() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, encoding="ascii")
+    print_breakdown(break_down(own_load()), stream)
+    text = written.getvalue().decode("ascii")
+    assert re.search(r"^\+-- service \(all that is not the model\) +1\.065 +2\.5 %$", text, re.M)
+    assert re.search(r"^\|   \|   \+-- publish +0\.\d{3} +0\.\d %$", text, re.M)
 
 
 def test_the_picture_is_drawn_for_one_step_and_for_many(tmp_path: pathlib.Path) -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from llm_serving import cli
 from llm_serving.commands import breakdown
-from llm_serving.diagnostics import breakdown_live
-from llm_serving.diagnostics.breakdown_observation import BareFigures, load
-from llm_serving.diagnostics.breakdown_server import Server
+from llm_serving.diagnostics.breakdown import live
+from llm_serving.diagnostics.breakdown.observation import BareFigures, load
+from llm_serving.diagnostics.breakdown.server import Server
 from llm_serving.errors import ConfigError
 from llm_serving.step_trace import StepRecord
 from tests.breakdown_samples import DECODE, PREFILL, Costs, info, metrics, simulate
@@ -146,7 +146,7 @@ class FakeHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeServer]:
-    monkeypatch.setattr(breakdown_live, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(live, "_SETTLE_S", 0.1)
     with FakeServer() as fake:
         thread = threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()

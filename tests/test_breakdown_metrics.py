@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from llm_serving.diagnostics.breakdown_metrics import Change, Histogram
-from llm_serving.diagnostics.breakdown_requests import requests_of, transport_of
+from llm_serving.diagnostics.breakdown.metrics import Change, Histogram
+from llm_serving.diagnostics.breakdown.requests import requests_of, transport_of
 from llm_serving.errors import ConfigError
 from tests.breakdown_samples import metrics
 

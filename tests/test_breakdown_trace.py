@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_serving.diagnostics.breakdown_observation import TraceAnswer
-from llm_serving.diagnostics.breakdown_steps import agent_shares, broken_sums
-from llm_serving.diagnostics.breakdown_trace import COLUMNS, Spans, Steps, read_steps
+from llm_serving.diagnostics.breakdown.observation import TraceAnswer
+from llm_serving.diagnostics.breakdown.steps import agent_shares, broken_sums
+from llm_serving.diagnostics.breakdown.trace import COLUMNS, Spans, Steps, read_steps
 from llm_serving.errors import ConfigError
 from llm_serving.step_trace import AGENT_STAGES, MASTER_STAGES, MASTER_STAMPS, StepRecord
 from tests.breakdown_samples import MS, Costs, answer_of, simulate
@@ -231,6 +231,8 @@ def test_a_trace_of_another_release_is_refused_by_the_column_it_lacks() -> None:
         read_steps(TraceAnswer(0, names, []))
     with pytest.raises(ConfigError, match="longer or shorter"):
         read_steps(TraceAnswer(0, list(COLUMNS), [[1, 2, 3]]))
+    with pytest.raises(ConfigError, match="no clock shows"):
+        read_steps(TraceAnswer(0, list(COLUMNS), [[10**30] * len(COLUMNS)]))
 
 
 def test_a_trace_without_steps_is_empty() -> None:

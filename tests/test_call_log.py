@@ -112,7 +112,9 @@ def test_the_summary_is_written_after_an_exception_too(path: Path) -> None:
 
 
 def test_how_it_ended_never_takes_more_than_one_line(path: Path) -> None:
-    CallLog(path, transport="tcp\n+shm").close("AgentDied:\nwhy")
+    log = CallLog(path, transport="tcp\n+shm")
+    log.ended = "AgentDied:\nwhy"
+    log.close()
     lines = path.read_text().splitlines()
     assert len(lines) == 3
     assert lines[0] == TITLE + "tcp +shm"
@@ -125,7 +127,7 @@ def test_closing_again_and_calls_after_it_change_nothing(path: Path) -> None:
     written = path.read_bytes()
     add(log)
     log.flush()
-    log.close("again")
+    log.close()
     assert path.read_bytes() == written
 
 
@@ -171,11 +173,13 @@ def test_a_file_that_cannot_be_written_is_an_error_before_anything_is_served(
 def test_a_log_that_can_no_longer_be_written_ends_and_its_caller_goes_on(path: Path) -> None:
     os.mkfifo(path)
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    log = CallLog(path, transport="tcp+shm")
+    told: list[str] = []
+    log = CallLog(path, transport="tcp+shm", on_failure=told.append)
     os.close(reader)
     add(log)
     log.flush()
-    assert log.failure == "Broken pipe"
+    assert told == [f"transport log {path}: Broken pipe; it ends here"]
     add(log)
     log.flush()
     log.close()
+    assert len(told) == 1

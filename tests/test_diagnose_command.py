@@ -17,12 +17,12 @@ import pytest
 from llm_serving import cli
 from llm_serving.commands import diagnose
 from llm_serving.commands.diagnose_twin import TWIN
-from llm_serving.diagnostics import diagnosis
-from llm_serving.diagnostics.message_checks import KINDS
+from llm_serving.diagnostics.diagnosis import diagnosis
 from llm_serving.diagnostics.places import Places
-from llm_serving.diagnostics.probes import Plan
-from llm_serving.diagnostics.round_trips import MEMORY, NAMES, SIZES
-from llm_serving.diagnostics.timings import Budget
+from llm_serving.diagnostics.probes.measure import Plan
+from llm_serving.diagnostics.probes.round_trips import MEMORY, NAMES, SIZES
+from llm_serving.diagnostics.probes.timings import Budget
+from llm_serving.diagnostics.server.messages import KINDS
 from tests.serving import RunningServer, segments
 
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_serving.diagnostics.kernel_sockets import tcp_sockets
+from llm_serving.diagnostics.machine.kernel_sockets import tcp_sockets
+from llm_serving.diagnostics.machine.shared_memory import check_room, check_segments, room_needed
+from llm_serving.diagnostics.machine.sockets import check_channel, check_port, check_socket_folder
 from llm_serving.diagnostics.places import Places
-from llm_serving.diagnostics.shared_memory_checks import check_room, check_segments, room_needed
-from llm_serving.diagnostics.socket_checks import check_channel, check_port, check_socket_folder
 from llm_serving.transport import shared_memory
 from llm_serving.transport.shared_memory import sweep_segments
 from llm_serving.transport.socket_folder import sweep_sockets
@@ -212,6 +212,21 @@ async def test_both_ends_of_a_living_agents_channel_are_found(
         assert (elsewhere.verdict, "not visible" in elsewhere.found) == ("skipped", True)
     finally:
         await deployed.worker.close()
+
+
+@pytest.mark.parametrize(
+    ("state", "words", "cure"),
+    [("T", "SIGSTOP", "kill -CONT 7"), ("t", "debugger", "debugger"), ("Z", "ended", "restart")],
+)
+def test_an_agent_that_does_not_run_is_broken_with_what_helps(
+    tmp_path: pathlib.Path, state: str, words: str, cure: str
+) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/stat").write_text(f"7 (llm serving (agent)) {state} 1 7")
+    agent = {"rank": 0, "pid": 7, "address": "127.0.0.1:4711"}
+    found = check_channel(Places(proc=tmp_path), agent)
+    assert (found.verdict, words in found.found, cure in found.cure) == ("broken", True, True)
+    assert ("CONT" in found.cure) == (state == "T")
 
 
 def test_an_agent_without_an_address_is_broken() -> None:

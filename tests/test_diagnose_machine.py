@@ -7,14 +7,14 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 
 from llm_serving.diagnostics.findings import Finding, exit_code, megabytes
-from llm_serving.diagnostics.limit_checks import check_cgroup_memory, check_cores, check_limits
-from llm_serving.diagnostics.machine_checks import (
+from llm_serving.diagnostics.machine.fitness import (
     check_clock,
     check_load,
     check_memory,
     check_processor,
     check_versions,
 )
+from llm_serving.diagnostics.machine.limits import check_cgroup_memory, check_cores, check_limits
 from llm_serving.diagnostics.places import Places
 from llm_serving.diagnostics.thresholds import THRESHOLDS, verdict_of
 

@@ -12,11 +12,12 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from llm_serving.commands.diagnose_twin import FAILING_STEP, TWIN, twin_step
-from llm_serving.diagnostics.echo_link import Transport
-from llm_serving.diagnostics.handshake_check import check_listener, refusal_ms
-from llm_serving.diagnostics.message_checks import KINDS, TwinSettings, check_messages
-from llm_serving.diagnostics.twin import REPLIES
+from llm_serving.diagnostics.probes.echo_link import Transport
+from llm_serving.diagnostics.server.handshake import check_listener, refusal_ms
+from llm_serving.diagnostics.server.messages import KINDS, TwinSettings, check_messages
+from llm_serving.diagnostics.server.twin import REPLIES, Twin
 from llm_serving.errors import ChannelError
+from llm_serving.step_arrays import StepInputs
 from llm_serving.transport.address import Address, format_address
 from llm_serving.transport.frames import encode
 from llm_serving.transport.handshake import Hello
@@ -86,6 +87,33 @@ async def test_a_step_that_must_fail_and_does_not_is_broken() -> None:
     broken = next(f for f in found if f.verdict == "broken")
     assert broken.item == "tcp: Failed"
     assert "where Failed 7 belongs" in broken.found
+
+
+async def test_a_mistake_of_our_own_is_shown_with_its_traceback_not_raised() -> None:
+    def broken_step(step_id: int) -> StepInputs:
+        raise KeyError(f"step {step_id} has no such array")
+
+    found = await check_messages("tcp", TwinSettings(TWIN, broken_step, FAILING_STEP, LIMITS))
+    (broken,) = (f for f in found if f.verdict == "broken")
+    assert broken.item == "tcp: Execute"
+    assert "in broken_step" in broken.trace
+    assert twins() == []
+
+
+async def test_what_goes_wrong_after_the_last_kind_is_broken_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fail(twin: Twin) -> None:
+        await close(twin)
+        raise OSError("the socket's folder cannot be removed")
+
+    close = Twin.close
+    monkeypatch.setattr(Twin, "close", fail)
+    found = await check_messages("tcp", settings())
+    assert len(found) == len(KINDS) + 1
+    assert {f.verdict for f in found[:-1]} <= {"OK", "slow"}
+    assert (found[-1].item, found[-1].verdict) == ("tcp: cleaning up", "broken")
+    assert twins() == []
 
 
 async def test_an_agent_that_dies_at_its_start_says_why_at_once() -> None:

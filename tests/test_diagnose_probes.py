@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from llm_serving.diagnostics.array_probes import WAYS, ArrayTiming, ScalarCosts, scalar_costs
 from llm_serving.diagnostics.findings import Finding
-from llm_serving.diagnostics.probes import FULL, QUICK, Measured, Plan, judge, measure
-from llm_serving.diagnostics.round_trips import MEMORY, SIZES
-from llm_serving.diagnostics.timings import Budget, Timing, nearest_rank, timed
+from llm_serving.diagnostics.probes.arrays import WAYS, ArrayTiming, ScalarCosts, scalar_costs
+from llm_serving.diagnostics.probes.measure import FULL, QUICK, Measured, Plan, judge, measure
+from llm_serving.diagnostics.probes.round_trips import MEMORY, SIZES
+from llm_serving.diagnostics.probes.timings import Budget, Timing, nearest_rank, timed
 from tests.deployment import segments
 
 MB = 1024 * 1024

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from llm_serving.diagnostics.findings import Finding
-from llm_serving.diagnostics.server_checks import check_server, transport_calls
+from llm_serving.diagnostics.server.answers import check_server, transport_calls
 
 PATIENCE_S = 0.2
 AGENT = {"rank": 0, "pid": 7, "transport": "tcp", "address": "127.0.0.1:1", "round_trip_us": 50.0}

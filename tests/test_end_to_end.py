@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -220,6 +221,22 @@ def test_ctrl_c_ends_with_code_0_and_running_requests_may_finish(tmp_path: pathl
     assert events[-1]["details"]["generated_tokens"] == 30
     assert server.process.wait(30) == 0
     assert segments(server.pid) == []
+
+
+def test_a_server_that_cannot_go_on_says_so_in_the_last_line_of_its_transport_log(
+    tmp_path: pathlib.Path,
+) -> None:
+    calls = tmp_path / "calls.csv"
+    (tmp_path / "once.yaml").write_text(f"agent: {{max_restarts: 0, transport_log: {calls}}}")
+    server = RunningServer(tmp_path / "log", "--config", str(tmp_path / "once.yaml")).wait_ready()
+    server.generate(STORY, max_new_tokens=2)
+    os.kill(server.agents()[0], signal.SIGKILL)
+    assert server.process.wait(30) == 1
+    rows, summary = calls.read_text().splitlines()[2:-1], calls.read_text().splitlines()[-1]
+    assert {row.split(",")[1] for row in rows} == {"Ping", "Execute"}
+    assert re.fullmatch(
+        rf"# summary: calls={len(rows)} requests=1 seconds=[\d.]+ ended=exit code 1", summary
+    )
 
 
 def _is_alive(pid: int) -> bool:

@@ -124,6 +124,17 @@ def test_other_reasons_for_doubt_are_named() -> None:
     assert compare_runs(first, first).doubts == []
 
 
+def test_another_model_or_task_is_a_doubt() -> None:
+    first = replace(a_run(), info={"model_id": "m", "weights": "Q4_1"}, task=1)
+    info = {"model_id": "m", "weights": "bfloat16", "model_dtype": "float32"}
+    second = replace(a_run(), info=info, task=2)
+    assert compare_runs(first, second).doubts == [
+        "weights is not the same at both servers: Q4_1 and bfloat16",
+        "the task is not the same: 1 and 2",
+    ]
+    assert compare_runs(first, replace(a_run(), info=None)).doubts == []
+
+
 def test_an_exec_time_that_is_the_schedule_s_is_called_so() -> None:
     bound = run_of(request(0, 0.0, [0.5]), request(1, 99.0, [100.0]))
     (doubt,) = compare_runs(bound, bound).doubts

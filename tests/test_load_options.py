@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import pathlib
 
 import pytest
@@ -73,6 +74,32 @@ def test_a_url_is_the_server_s_root_without_what_the_dialect_adds(url: str, root
     assert given("--url", url).url == root
 
 
+@pytest.mark.parametrize(
+    ("url", "root", "login"),
+    [
+        ("http://ann:secret@h:80/a/", "http://h:80/a", "ann:secret"),
+        ("https://ann:se%2Fcret%40@h", "https://h", "ann:se/cret@"),
+        ("http://ann:se@cret@h", "http://h", "ann:se@cret"),
+        ("http://ann@[::1]:80", "http://[::1]:80", "ann"),
+    ],
+)
+def test_a_password_in_the_url_is_sent_as_a_header_and_written_nowhere(
+    url: str, root: str, login: str
+) -> None:
+    options = given("--url", url)
+    assert options.url == root
+    scheme, _, encoded = options.headers["Authorization"].partition(" ")
+    assert (scheme, base64.b64decode(encoded).decode()) == ("Basic", login)
+    assert "cret" not in str(options)[: str(options).index("headers=")]
+    assert "cret" not in (text := str(options.as_json()))
+    assert encoded not in text
+
+
+def test_a_header_that_was_given_counts_more_than_the_url() -> None:
+    options = given("--url", "http://ann:secret@h", "--header", "Authorization: Bearer token")
+    assert options.headers == {"Authorization": "Bearer token"}
+
+
 def test_the_values_of_headers_are_not_written_anywhere() -> None:
     options = given("--header", "Authorization: Bearer secret")
     assert options.headers == {"Authorization": "Bearer secret"}
@@ -92,7 +119,10 @@ def test_the_values_of_headers_are_not_written_anywhere() -> None:
         ((*OPEN, "--task", "3"), "--task: invalid choice: 3"),
         ((*OPEN, "-P", "99999"), "'99999' came; a port is 1 to 65535"),
         ((*OPEN, "--url", "host:80"), "'host:80' came; it should look like http://host:port"),
-        ((*OPEN, "--url", "http://me:secret@h"), "--url: it holds a password; send that with"),
+        ((*OPEN, "--url", "http://h:99999"), "'http://h:99999' came; it should look like http"),
+        ((*OPEN, "--url", "http://[::1"), "'http://[::1' came; it should look like http"),
+        ((*OPEN, "--url", "http://me:a/secret@h"), "a / in a password is spelled %2F"),
+        ((*OPEN, "--url", "http://me:secret@"), "'http://' came; it should look like http"),
         ((*OPEN, "--warmup", "-1"), "'-1' came; it must be a whole number >= 0"),
         ((*OPEN, "--cancel-rate", "1.5"), "1.5 came; it must be 0 to 1"),
         ((*OPEN, "--goodput", "speed:1"), "'speed' came; known are ttft, tpot, e2e"),
@@ -117,3 +147,4 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert sentence in error
     assert error.count("\n") == 1
     assert error.startswith("error: ")
+    assert "secret" not in error

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from load_test.figures import figures_of
 from load_test.picture_data import band, open_requests
+from load_test.picture_style import amount
 from load_test.plots import draw, pictures
 from load_test.results import Sample
 from matplotlib.artist import Artist
@@ -55,7 +56,7 @@ def steps(figure: Figure, name: str) -> tuple[Any, Any]:
 def test_a_run_of_any_kind_becomes_four_pngs_named_after_its_start(
     name: str, tmp_path: Path
 ) -> None:
-    paths = draw(RUNS[name](), tmp_path)
+    paths = list(draw(RUNS[name](), tmp_path))
     assert [path.name for path in paths] == [f"{STEM}_{part}.png" for part in NAMES]
     assert sorted(tmp_path.iterdir()) == sorted(paths)
     for path in paths:
@@ -121,12 +122,28 @@ def test_a_goal_is_drawn_where_it_was_set(drawn: dict[str, Figure]) -> None:
     assert list(line(figure, "e2e-goal")[0]) == [400, 400]
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 s"), (0.0489, "0.0489 s"), (7.256, "7.26 s"), (48.94, "48.9 s"), (1234.5, "1,234 s")],
+)
+def test_an_amount_has_three_digits_or_more(value: float, text: str) -> None:
+    assert amount(value, "s") == text
+
+
 @pytest.mark.parametrize(("longest_s", "scale"), [(0.15, "linear"), (15.0, "log")])
 def test_an_axis_is_logarithmic_if_the_latencies_ask_for_it(longest_s: float, scale: str) -> None:
     run = run_of(well(0, 0.0, 0.1, 0.01, 2), well(1, 1.0, longest_s, 0.01, 2))
     figures = pictures(run)
     assert figures["latency"].axes[0].get_yscale() == scale
     assert figures["percentiles"].axes[0].get_xscale() == scale
+
+
+def test_gaps_of_which_most_are_zero_are_drawn() -> None:
+    """Tokens that came in one piece; on a logarithmic axis, for the others are far apart."""
+    run = run_of(*(request(i, i, [i + 0.1] * 5 + [i + 0.101, i + 0.9]) for i in range(3)))
+    axes = pictures(run)["percentiles"].axes[2]
+    assert axes.get_xscale() == "log"
+    assert "p50" in axes.texts[0].get_text()
 
 
 def test_no_point_falls_out_of_a_logarithmic_axis() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from load_test import results
+from load_test import html_report, results, screen
 from load_test.command import main
 from load_test.figures import figures_of
 from load_test.results import Run
@@ -119,6 +120,40 @@ def test_all_four_kinds_of_file_are_written_by_default(load_test: Shell) -> None
     assert len(re.findall(r"^#\d+, ok, entry \d, due .* TTFT .* E2E .* tokens", text, re.M)) == 20
 
 
+def test_a_file_that_cannot_be_written_takes_nothing_of_the_report(
+    server: FakeLlmServer, load_test: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "x.html")
+
+    monkeypatch.setattr(html_report, "write", no_room)
+    assert load_test(server, save="json,html") == 1
+    assert "not everything could be saved: x.html: No space left on device" in load_test.out
+    assert EXEC_TIME.fullmatch(load_test.out.splitlines()[-1])
+    assert len(load_test.run.requests) == 20
+
+
+def test_the_user_of_the_url_is_sent_and_stands_in_no_file(
+    server: FakeLlmServer, load_test: Shell
+) -> None:
+    url = server.url.replace("http://", "http://ann:se%2Fcret@")
+    assert load_test(server, "--url", url, save="log,json,html") == 0
+    assert {h["authorization"] for h in server.headers} == {"Basic YW5uOnNlL2NyZXQ="}
+    for path in (load_test.folder / "testLog").iterdir():
+        text = path.read_text()
+        assert server.url in text
+        assert not any(word in text for word in ("cret", "ann:", "YW5uOnNlL2NyZXQ"))
+
+
+def test_drawing_is_told_where_it_takes_long(
+    server: FakeLlmServer, load_test: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(screen, "_SPEAK_S", 0.0)
+    assert load_test(server, save="png") == 0
+    told = re.findall(r"^drawing the pictures: .*$", load_test.out, re.M)
+    assert told == [f"drawing the pictures: {done} of 4" for done in range(5)]
+
+
 def test_a_second_run_in_the_same_minute_writes_over_nothing(
     server: FakeLlmServer, load_test: Shell
 ) -> None:
@@ -155,6 +190,14 @@ def test_a_closed_loop_has_no_more_in_flight_than_it_has_clients(load_test: Shel
     assert all(r.sent_s == pytest.approx(r.scheduled_s, abs=0.01) for r in run.requests)
 
 
+def test_a_closed_loop_for_a_time_needs_a_request_that_fits(load_test: Shell) -> None:
+    """Else its clients would skip one after the other until the time is up, as fast as they can."""
+    with FakeLlmServer(info=INFO | {"max_total_tokens": 3}) as server:
+        assert load_test(server, load=("--concurrency", "2", "-T", "5")) == 2
+    assert "nothing can be sent: every prompt of" in load_test.err
+    assert "fills the context of 3 tokens" in load_test.err
+
+
 def test_a_closed_loop_can_run_for_a_time(server: FakeLlmServer, load_test: Shell) -> None:
     assert load_test(server, load=("--concurrency", "2", "-T", "0.1")) == 0
     run = load_test.run
@@ -172,6 +215,7 @@ FATES = {
     14: (Fate(end="deadline"), "deadline", "the server's own deadline"),
     16: (Fate(hang=True, num_tokens=1), "timeout", "no end within 0.5 s"),
     18: (Fate(status=429), "http_429", "HTTP 429"),
+    19: (Fate(status=307), "http_307", "HTTP 307"),  # where it leads to is another server
 }
 
 
@@ -311,6 +355,13 @@ def test_task_2_refuses_a_server_that_has_no_info(load_test: Shell) -> None:
     assert "has no /info" in load_test.err
 
 
+def test_task_2_without_a_file_says_why(load_test: Shell) -> None:
+    with FakeLlmServer(info=INFO | {"task": 2, "precision": dict(DUMP)}) as server:
+        load_test(server, "--task", "2")
+    told = " ".join(load_test.out.split())
+    assert "0 files in /srv/file_npy (as the server sees it); no answer has reached a" in told
+
+
 @pytest.mark.parametrize(("num_failed", "code"), [(0, 0), (2, 1)])
 def test_task_2_says_how_many_files_the_server_has_written(
     load_test: Shell, num_failed: int, code: int
@@ -354,7 +405,6 @@ def test_a_server_that_cannot_be_reached_is_one_sentence_and_exit_code_2(
         (("--tokenizer", "/none.json"), "cannot read the tokenizer /none.json"),
         (("-O", "/proc/none"), "cannot write into /proc/none/testLog"),
         (("--url", "http://no.such.host.invalid:1"), "no server answers at http://no.such.host"),
-        (("--url", "http://127.0.0.1:99999"), "no server answers at http://127.0.0.1:99999"),
     ],
 )
 def test_what_cannot_be_used_is_one_sentence_and_exit_code_2(

@@ -79,7 +79,8 @@ def test_the_last_event_of_tgi_tells_counts_reason_and_timing() -> None:
     token: dict[str, Any] = {"token": {"id": 5, "text": "a"}, "details": None}
     assert dialect.read(event(token), record) == Seen(True, False)
     details = {"finish_reason": "eos_token", "generated_tokens": 9, "prompt_tokens": 4}
-    last = token | {"generated_text": "a", "details": details | {"timing": {"queue": 1.5}}}
+    timing = {"queue": 1.5, "model": "m", "send": None, "is_last": True}
+    last = token | {"generated_text": "a", "details": details | {"timing": timing}}
     assert dialect.read(event(last), record) == Seen(True, True)
     assert (record.output_tokens, record.prompt_tokens) == (9, 4)
     assert (record.finish_reason, record.timing) == ("eos_token", {"queue": 1.5})
@@ -103,6 +104,24 @@ def test_openai_counts_by_usage_and_ends_with_done() -> None:
     assert dialect.read(b"[DONE]", record) == Seen(False, True)
     assert (record.output_tokens, record.prompt_tokens) == (6, 4)
     assert record.finish_reason == "length"
+
+
+@pytest.mark.parametrize(("num_told", "num_seen"), [(3, 3), (2, 2), (7, 2)])
+def test_openai_s_last_token_without_text_is_one_if_the_usage_counts_it(
+    num_told: int, num_seen: int
+) -> None:
+    """llama.cpp's event of the end is no token, vLLM's and ours are."""
+    record, dialect = request(0, 0.0, [], output_tokens=0), OpenAI("m")
+    events: list[dict[str, Any]] = [
+        {"choices": [{"text": text, "finish_reason": reason}]}
+        for text, reason in (("a", None), ("b", None), ("", "stop"))
+    ]
+    events.append({"choices": [], "usage": {"completion_tokens": num_told}})
+    for i, value in enumerate(events):
+        if dialect.read(event(value), record).has_token:
+            record.token_s.append(float(i))
+    assert len(record.token_s) == num_seen
+    assert record.output_tokens == num_told
 
 
 def test_an_answer_of_an_end_token_alone_has_a_first_token() -> None:

@@ -14,7 +14,7 @@ import pytest
 from llm_serving.errors import ConfigError
 from llm_serving.precision.logits_dump import LogitsDump
 from llm_serving.precision.manifest import read_manifest
-from llm_serving.precision.naming import prefix_digest, time_of
+from llm_serving.precision.naming import prefix_digest
 
 LABELS = {
     "model": "m",
@@ -65,7 +65,7 @@ class SlowDisk:
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(folder.glob("*.npy"), key=lambda path: time_of(path.name))
+    return sorted(folder.glob("*.npy"), key=lambda path: float(path.name.partition("_")[0]))
 
 
 def test_what_was_taken_lies_in_a_file_with_its_line(tmp_path: pathlib.Path, start: Open) -> None:

@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 
 from llm_serving.errors import ConfigError
-from llm_serving.precision.manifest import (
-    MANIFEST_NAME,
-    ManifestEntry,
-    ManifestWriter,
-    read_manifest,
-)
+from llm_serving.precision.manifest import MANIFEST_NAME, ManifestEntry, read_manifest
+from llm_serving.precision.manifest_writer import ManifestWriter
+from llm_serving.precision.naming import prefix_digest
 
 
 def entry(position: int) -> ManifestEntry:
     ids = np.arange(position + 1, dtype=np.int32)
-    return ManifestEntry(f"{position}.npy", "key", position, ids, "digest", 1.5, model="m")
+    digest = prefix_digest(ids)
+    return ManifestEntry(f"{position}.npy", "key", position, ids, digest, 1.5, model="m")
 
 
 def write(folder: pathlib.Path, *positions: int) -> None:
@@ -46,7 +44,7 @@ def test_every_line_is_an_object_with_all_fields(tmp_path: pathlib.Path) -> None
         "key": "key",
         "position": 1,
         "token_ids": [0, 1],
-        "digest": "digest",
+        "digest": prefix_digest(np.arange(2, dtype=np.int32)),
         "time": 1.5,
         "model": "m",
         "model_digest": "",
@@ -77,7 +75,7 @@ def test_a_line_that_the_disk_cut_spoils_nothing_behind_it(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = ManifestWriter(tmp_path)
-    module = "llm_serving.precision.manifest.os.write"
+    module = "llm_serving.precision.manifest_writer.os.write"
     with monkeypatch.context() as patch:
         write = os.write
         patch.setattr(module, lambda file, data: write(file, data[:30]))
@@ -94,13 +92,21 @@ def test_a_line_that_the_disk_cut_spoils_nothing_behind_it(
     [
         "[]",
         "{",
+        '"x"',
+        "[" * 5000,
         '{"file": "x"}',
-        '{"file": "x", "key": "", "position": 1, "token_ids": [1], "digest": "", "time": 0}',
-        '{"file": "x", "key": "", "position": 0, "token_ids": [1.5], "digest": "", "time": 0}',
-        '{"file": "x", "key": "", "position": 0, "token_ids": [-1], "digest": "", "time": 0}',
-        '{"file": "x", "key": "", "position": 0, "token_ids": 5, "digest": "", "time": 0}',
-        '{"file": "x", "key": "", "position": 0, "token_ids": [99999999999], "digest": "", '
-        '"time": 0}',
+        '{"position": 0, "token_ids": [1]}',
+        '{"file": 5, "position": 0, "token_ids": [1]}',
+        '{"file": "x", "position": 1, "token_ids": [1]}',
+        '{"file": "x", "position": -1, "token_ids": []}',
+        '{"file": "x", "position": 0, "token_ids": [1.5]}',
+        '{"file": "x", "position": 0, "token_ids": [true]}',
+        '{"file": "x", "position": 0, "token_ids": [-1]}',
+        '{"file": "x", "position": 0, "token_ids": 5}',
+        '{"file": "x", "position": 0, "token_ids": [99999999999]}',
+        '{"file": "x", "position": 0, "token_ids": [1], "time": "now"}',
+        '{"file": "x", "position": 0, "token_ids": [1], "time": NaN}',
+        '{"file": "x", "position": 0, "token_ids": [1], "digest": "00"}',
     ],
 )
 def test_a_line_that_makes_no_sense_is_counted(tmp_path: pathlib.Path, line: str) -> None:
@@ -109,6 +115,15 @@ def test_a_line_that_makes_no_sense_is_counted(tmp_path: pathlib.Path, line: str
         file.write(f"\n{line}\n")
     manifest = read_manifest(tmp_path)
     assert (len(manifest.entries), manifest.broken_lines) == (1, [3])
+
+
+def test_a_line_needs_a_file_its_ids_and_the_position(tmp_path: pathlib.Path) -> None:
+    """Of another tool's manifest."""
+    text = '{"file": "x.npy", "position": 1, "token_ids": [7, 8], "colour": "red"}\n'
+    (tmp_path / MANIFEST_NAME).write_text(text)
+    (read,) = read_manifest(tmp_path).entries
+    assert (read.file, read.key, read.time, read.dtype) == ("x.npy", "7.08.0", 0.0, "")
+    assert read.digest == prefix_digest(np.array([7, 8], np.int32))
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:

@@ -112,6 +112,17 @@ def test_the_shares_of_the_agents_time_are_those_of_the_last_ten_seconds() -> No
     assert sum(shares.values()) == pytest.approx(1)
 
 
+def test_steps_so_short_that_ten_seconds_are_not_kept_are_shares_of_what_is() -> None:
+    metrics = StepMetrics(clock_ns=lambda: 100 * SECOND)
+    record = record_of(forward_ms=2)  # of 8 ms, 2 of which are idle
+    fields, stamps = record[:5], record[5:]
+    for i in reversed(range(2 * MAX_TRACE_STEPS)):  # 2 ms each, no pauses: 8.2 s are kept
+        end = record.done - i * 2 * MS
+        metrics.observe(StepRecord(*fields, *(end + (at - record.done) // 4 for at in stamps)))
+    shares = {"forward": 0.25, "other": 0.5, "idle": 0.25}
+    assert metrics.shares() == pytest.approx(shares, abs=1e-3)
+
+
 def test_a_step_that_reaches_into_the_ten_seconds_counts_for_its_part() -> None:
     metrics = StepMetrics(clock_ns=lambda: 100 * SECOND)
     metrics.observe(record_of(end_ms=1_000 - SHARE_WINDOW_NS // MS, forward_ms=1_997))

@@ -18,7 +18,8 @@ HOUSE = pathlib.Path(__file__).parents[1] / "llm_serving"
 FILES = [
     *("master/async_master.py", "master/scheduler.py", "master/block_pool.py"),
     *("master/request.py", "master/int_array.py", "master/step_inputs.py", "master/suspects.py"),
-    *("worker/agent_worker.py", "worker/flights.py", "worker/step_transfer.py"),
+    *("worker/agent_worker.py", "worker/answers.py", "worker/flights.py"),
+    "worker/step_transfer.py",
     *("transport/arena.py", "transport/frames.py", "transport/channel.py"),
     *("transport/blocking.py", "transport/step_counter.py"),
     *("agent/work_agent.py", "agent/model_runner.py", "agent/step_check.py"),
@@ -35,8 +36,9 @@ FILES = [
 OFF_THE_PATH = {
     # a step or an agent is lost
     "master/async_master.py": {"_serve", "_stop"},
-    "worker/agent_worker.py": {"_step_failure", "_unexpected", "_check_deadline", "_on_lost"}
-    | {"_supervise", "start", "stalled"},  # at the start, and when /readyz is asked
+    "worker/agent_worker.py": {"_check_deadline", "_on_lost", "_supervise"}
+    | {"start", "stalled"},  # at the start, and when /readyz is asked
+    "worker/answers.py": {"_step_failure", "_unexpected"},
     "worker/step_transfer.py": {"_wrong_columns"},
     "transport/arena.py": {"_unfit"},
     "transport/frames.py": {"peer_error"},

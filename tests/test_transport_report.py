@@ -13,12 +13,12 @@ from rich.console import Console
 
 from llm_serving import cli
 from llm_serving.diagnostics.page import Page
-from llm_serving.diagnostics.transport_advice import Advice, advise, explain_other
-from llm_serving.diagnostics.transport_comparison import TRANSPORT, compare
-from llm_serving.diagnostics.transport_log import STAGES, TransportLog
-from llm_serving.diagnostics.transport_plots import write_plots
-from llm_serving.diagnostics.transport_report import as_json, print_comparison, print_report
-from llm_serving.diagnostics.transport_statistics import (
+from llm_serving.diagnostics.transport_report.advice import Advice, advise, explain_other
+from llm_serving.diagnostics.transport_report.comparison import TRANSPORT, compare
+from llm_serving.diagnostics.transport_report.log import STAGES, TransportLog
+from llm_serving.diagnostics.transport_report.plots import write_plots
+from llm_serving.diagnostics.transport_report.report import as_json, print_comparison, print_report
+from llm_serving.diagnostics.transport_report.statistics import (
     OTHER,
     Statistics,
     rounded_percent,

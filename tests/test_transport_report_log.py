@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm_serving.diagnostics.transport_log import read_transport_log
+from llm_serving.diagnostics.transport_report.log import read_transport_log
 from llm_serving.errors import ConfigError
 from llm_serving.transport.call_log import COLUMNS, TITLE
 from tests.transport_logs import CALLS, SUMMARY, csv_text, older_text, read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from llm_serving.diagnostics.transport_log import TransportLog, read_transport_log
+from llm_serving.diagnostics.transport_report.log import TransportLog, read_transport_log
 from llm_serving.transport.call_log import COLUMNS, TITLE
 
 __all__ = ["CALLS", "SUMMARY", "csv_text", "older_text", "read"]

@@ -216,7 +216,7 @@ class ModelRunner:
         """Copies of the rows that somebody wants to see, before the sampler changes them."""
         if not len(inputs.wanted_logits):
             return self._no_logits
-        rows = logits.index_select(0, self._tensor(inputs.wanted_logits))
+        rows = logits.index_select(0, self._tensor(inputs.wanted_logits.astype(np.int64)))
         found: Floats = rows.float().cpu().numpy()
         return found
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Protocol
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -105,8 +106,10 @@ class WorkAgent:
             waiting_ns = time.monotonic_ns()
 
     def _pong(self, ping: Ping, waiting_ns: int) -> Pong:
-        times = PeerTimes(waiting_ns, self._channel.received_ns, time.monotonic_ns())
-        return Pong(ping.count, times)
+        return Pong(ping.count, self._peer_times(waiting_ns))
+
+    def _peer_times(self, waiting_ns: int) -> PeerTimes:
+        return PeerTimes(waiting_ns, self._channel.received_ns, time.monotonic_ns())
 
     def _step(self, command: Execute, waiting_ns: int) -> Reply:
         if self._memory is None:
@@ -119,7 +122,9 @@ class WorkAgent:
             columns = self._runner.execute(inputs, counter.tick)
             tensors = memory.write(columns)
         except Exception as exc:  # the outermost loop: a step may fail in any way
-            return failed(exc, command.step_id)
+            return msgspec.structs.replace(
+                failed(exc, command.step_id), times=self._peer_times(waiting_ns)
+            )
         finally:
             counter.finish()
         self._last_step_id = command.step_id

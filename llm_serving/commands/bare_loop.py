@@ -17,7 +17,7 @@ from llm_serving.agent.bare_loop import BareLoop, BareStep
 from llm_serving.agent.processors import num_processors
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import end_with_parent
-from llm_serving.diagnostics.breakdown_observation import BareFigures
+from llm_serving.diagnostics.breakdown.observation import BareFigures
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
 from llm_serving.prepare.cache import cache_home, find_prepared, load

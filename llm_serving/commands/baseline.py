@@ -133,9 +133,12 @@ def baseline(
     try:
         with EtaBar() as bar:
             job(reference, PatientDump(dump), bar.show)
+    except BaseException:  # Ctrl-C, too: half a baseline passes as a whole one
+        print(f"{out} holds only a part of the baseline: remove it", file=sys.stderr)
+        raise
     finally:
         dump.close()
-    _report(dump, out, time.monotonic() - began)
+    _report(dump, out, _compared_folder(manifest), time.monotonic() - began)
     return 0
 
 
@@ -198,7 +201,14 @@ def _labels(card: ModelCard) -> dict[str, str]:
     }
 
 
-def _report(dump: LogitsDump, out: pathlib.Path, seconds: float) -> None:
+def _compared_folder(manifest: pathlib.Path | None) -> pathlib.Path:
+    """Where the files lie that the baseline is for."""
+    if manifest is None:
+        return pathlib.Path("file_npy")
+    return manifest if manifest.is_dir() else manifest.parent
+
+
+def _report(dump: LogitsDump, out: pathlib.Path, compared: pathlib.Path, seconds: float) -> None:
     if dump.last_error is not None:
         raise ConfigError(f"the baseline is not complete: {dump.last_error}")
     if dump.num_written == 0:
@@ -207,7 +217,7 @@ def _report(dump: LogitsDump, out: pathlib.Path, seconds: float) -> None:
             "or longer texts would"
         )
     print(f"{dump.num_written} files in {out} after {seconds:.1f} s; compare them with")
-    print(f"  python acc_allclose.py --base_path {out} --new_path file_npy")
+    print(f"  python acc_allclose.py --base_path {out} --new_path {compared}")
 
 
 class EtaBar:

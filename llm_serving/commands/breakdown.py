@@ -17,14 +17,14 @@ import typer
 from llm_serving.commands.breakdown_progress import LoadProgress
 from llm_serving.commands.options import run_command
 from llm_serving.commands.program import program
-from llm_serving.diagnostics.breakdown import break_down
-from llm_serving.diagnostics.breakdown_live import is_busy, measure, watch
-from llm_serving.diagnostics.breakdown_load import Shape
-from llm_serving.diagnostics.breakdown_observation import BareFigures, Observation, load, save
-from llm_serving.diagnostics.breakdown_plot import plot_breakdown
-from llm_serving.diagnostics.breakdown_report import print_breakdown
-from llm_serving.diagnostics.breakdown_server import Server
-from llm_serving.diagnostics.breakdown_timeline import write_timeline
+from llm_serving.diagnostics.breakdown.breakdown import break_down
+from llm_serving.diagnostics.breakdown.live import is_busy, measure, watch
+from llm_serving.diagnostics.breakdown.load import Shape
+from llm_serving.diagnostics.breakdown.observation import BareFigures, Observation, load, save
+from llm_serving.diagnostics.breakdown.plot import plot_breakdown
+from llm_serving.diagnostics.breakdown.report import print_breakdown
+from llm_serving.diagnostics.breakdown.server import Server
+from llm_serving.diagnostics.breakdown.timeline import write_timeline
 from llm_serving.errors import ConfigError, Unavailable
 
 __all__ = ["main"]

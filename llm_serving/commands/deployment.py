@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import pathlib
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from importlib.metadata import version
 import uvloop
 
 from llm_serving.api.app import ApiSettings, create_app
+from llm_serving.commands.agents import make_launcher, make_worker
 from llm_serving.commands.description import fixed_facts, moving_facts
 from llm_serving.commands.evidence import logits_dump, transport_log
 from llm_serving.commands.http_server import LAST_EVENTS_S, HttpServer
 from llm_serving.commands.model_source import context_length, prepared_card
 from llm_serving.commands.ports import listen_on
-from llm_serving.commands.program import program
 from llm_serving.commands.server_record import ServerRecord
 from llm_serving.commands.start_report import StartReport
 from llm_serving.commands.stopping import stop_event, unless
@@ -42,7 +41,6 @@ from llm_serving.protocol import Ready
 from llm_serving.server.llm_server import LLMServer, ServerLimits
 from llm_serving.server.tokenizer import Tokenizer
 from llm_serving.worker.agent_worker import AgentWorker
-from llm_serving.worker.launcher import Launcher
 from llm_serving.worker.traffic import Traffic
 
 __all__ = ["serve_until_stopped"]
@@ -93,21 +91,27 @@ class Deployment:
 
     async def run(self) -> int:
         """Start, serve, stop; the exit code."""
-        with transport_log(self._config.agent) as log:
-            return await self._run(Traffic(log))
+        with transport_log(self._config.agent, self._report.event) as log:
+            code = await self._run(Traffic(log))
+            if log is not None and code:
+                log.ended = f"exit code {code}"
+            return code
 
     async def _run(self, traffic: Traffic) -> int:
         stop = stop_event()
-        launcher = self._launcher(traffic)
-        worker = self._worker(launcher)
+        config, card, context = self._config, self._card, self._max_model_len
+        launcher = make_launcher(
+            config, card, context, on_event=self._report.event, traffic=traffic
+        )
+        worker = make_worker(config, card, context, launcher)
         try:
             if not await unless(stop, worker.start()):
                 return 0
             ready = await worker.ready()
-            if self._config.kv_cache.num_blocks is None:
+            if config.kv_cache.num_blocks is None:
                 launcher.pin("--num-blocks", ready.num_blocks)
-            self._report.agent(ready, worker.describe(), self._max_model_len)
-            with logits_dump(self._config.precision, self._card, ready) as dump:
+            self._report.agent(ready, worker.describe(), context)
+            with logits_dump(config.precision, card, ready) as dump:
                 front = self._front_end(worker, ready, dump)
                 try:
                     return await self._serve(front, stop)
@@ -152,39 +156,6 @@ class Deployment:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.server.shutdown_grace_s):
                 await unless(stop, server.drained())
-
-    def _launcher(self, traffic: Traffic) -> Launcher:
-        config = self._config
-        options = {
-            "--card": pathlib.Path(self._card.tokenizer).with_name("card.json"),
-            "--device": config.agent.device,
-            "--max-model-len": self._max_model_len,
-            "--block-size": config.kv_cache.block_size,
-            "--num-blocks": config.kv_cache.num_blocks,
-            "--max-num-seqs": config.scheduler.max_num_seqs,
-            "--max-num-batched-tokens": config.scheduler.max_num_batched_tokens,
-            "--num-threads": config.agent.num_threads,
-        }
-        given = [
-            str(word)
-            for name, value in options.items()
-            if value is not None
-            for word in (name, value)
-        ]
-        command = [*program(), "agent", *given]
-        return Launcher(command, config.agent, on_event=self._report.event, traffic=traffic)
-
-    def _worker(self, launcher: Launcher) -> AgentWorker:
-        config = self._config
-        return AgentWorker(
-            launcher,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=self._max_model_len,
-            block_size=config.kv_cache.block_size,
-            num_slots=2 * config.scheduler.num_steps_in_flight - 1,
-            vocab_size=self._card.config.vocab_size if config.precision.dump_dir else 0,
-        )
 
     def _front_end(self, worker: AgentWorker, ready: Ready, dump: LogitsDump | None) -> _FrontEnd:
         config, names = self._config, self._config.model.names

@@ -1,6 +1,6 @@
 """`llm-serving diagnose`: is this machine fit, is the transport fast, is the server what it says?
 
-Tables go to stdout, progress to stderr.  Only wiring is here; see `diagnostics.diagnosis`.
+Tables go to stdout, progress to stderr.  Only wiring is here; see `diagnostics/diagnosis`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from llm_serving.commands.options import run_command
 from llm_serving.commands.server_record import Record, find_server
 from llm_serving.commands.stopping import stop_event, unless
 from llm_serving.config import load_config
-from llm_serving.diagnostics.diagnosis import Diagnosis, Settings
-from llm_serving.diagnostics.diagnosis import diagnose as look_at_everything
-from llm_serving.diagnostics.diagnosis_tables import as_json, print_diagnosis
+from llm_serving.diagnostics.diagnosis.diagnosis import Diagnosis, Settings
+from llm_serving.diagnostics.diagnosis.diagnosis import diagnose as look_at_everything
+from llm_serving.diagnostics.diagnosis.tables import as_json, print_diagnosis
 from llm_serving.diagnostics.findings import exit_code
 from llm_serving.diagnostics.places import Places
 from llm_serving.errors import ConfigError

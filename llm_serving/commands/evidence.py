@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from llm_serving.config import AgentConfig, PrecisionConfig
 from llm_serving.model_card import ModelCard
@@ -21,21 +20,18 @@ __all__ = ["logits_dump", "transport_log"]
 
 
 @contextlib.contextmanager
-def transport_log(config: AgentConfig) -> Iterator[CallLog | None]:
+def transport_log(config: AgentConfig, on_event: Callable[[str], None]) -> Iterator[CallLog | None]:
     """The log, closed with how the block ended.  Raises ConfigError if it cannot be written."""
     if config.transport_log is None:
         yield None
         return
-    log = CallLog(
+    with CallLog(
         pathlib.Path(config.transport_log),
         transport=f"{config.transport}+shm",
         methods=config.transport_log_methods,
-    )
-    try:
+        on_failure=on_event,
+    ) as log:
         yield log
-    finally:
-        exc = sys.exception()
-        log.close("normally" if exc is None else type(exc).__name__)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,12 @@ import typer
 from llm_serving.commands.console import ConsoleProgress
 from llm_serving.commands.options import run_command
 from llm_serving.diagnostics.page import Page
-from llm_serving.diagnostics.transport_advice import advise, explain_other
-from llm_serving.diagnostics.transport_comparison import compare
-from llm_serving.diagnostics.transport_log import TransportLog, read_transport_log
-from llm_serving.diagnostics.transport_plots import write_plots
-from llm_serving.diagnostics.transport_report import as_json, print_comparison, print_report
-from llm_serving.diagnostics.transport_statistics import summarise
+from llm_serving.diagnostics.transport_report.advice import advise, explain_other
+from llm_serving.diagnostics.transport_report.comparison import compare
+from llm_serving.diagnostics.transport_report.log import TransportLog, read_transport_log
+from llm_serving.diagnostics.transport_report.plots import write_plots
+from llm_serving.diagnostics.transport_report.report import as_json, print_comparison, print_report
+from llm_serving.diagnostics.transport_report.statistics import summarise
 from llm_serving.errors import ConfigError
 
 __all__ = ["main"]

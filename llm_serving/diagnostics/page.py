@@ -7,26 +7,37 @@ control characters.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["Page", "figure", "figures"]
+__all__ = ["Page", "figure", "figures", "trimmed"]
 
 _MAX_WIDTH = 100
+_PLAIN = str.maketrans("├└─│█", "++-|#")  # lines and bars, where there is no Unicode
+
+
+@contextlib.contextmanager
+def trimmed(console: Console) -> Iterator[None]:
+    """What is printed within has no blanks at the ends of lines, and only what can be encoded."""
+    with console.capture() as capture:
+        yield
+    text = "".join(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+    encoding = console.encoding
+    if not encoding.lower().startswith("utf"):
+        text = text.translate(_PLAIN).encode(encoding, "replace").decode(encoding)
+    console.file.write(text)
+    console.file.flush()
 
 
 class Page:
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console()
         self._width = min(self._console.width, _MAX_WIDTH)
-
-    @property
-    def is_unicode(self) -> bool:
-        return self._console.encoding.lower().startswith("utf")
 
     def heading(self, text: str) -> None:
         self._print()
@@ -53,12 +64,11 @@ class Page:
         self._print(table)
 
     def _print(self, what: str | Table = "", style: str | None = None) -> None:
-        self._console.print(what, style=style, highlight=False, width=self._width)
+        with trimmed(self._console):
+            self._console.print(what, style=style, highlight=False, width=self._width)
 
     def _clean(self, text: str) -> str:
-        printable = "".join(c if c.isprintable() else "?" for c in text)
-        encoding = self._console.encoding
-        return escape(printable.encode(encoding, "replace").decode(encoding))
+        return escape("".join(c if c.isprintable() else "?" for c in text))
 
 
 def figures(values: Iterable[float]) -> list[str]:

@@ -108,9 +108,14 @@ class StepMetrics:
     def shares(self) -> dict[str, float]:
         """Of the agent's time over the last ten seconds: in forward, in other work, idle.
 
-        A pause without work is idle, too.
+        A pause without work is idle, too.  Where steps are so short that fewer seconds are kept,
+        of those.
         """
-        begin = self._clock_ns() - SHARE_WINDOW_NS
+        now = self._clock_ns()
+        begin = now - SHARE_WINDOW_NS
+        if len(self._last) == MAX_TRACE_STEPS:
+            begin = max(begin, self._last[0].previous)
+        window = max(1, now - begin)
         forward = busy = 0
         for record in reversed(self._last):
             if record.done <= begin:
@@ -119,7 +124,7 @@ class StepMetrics:
             forward += int(share * (record.sample - record.forward))
             busy += int(share * (record.done - record.received))
             busy += record.waiting - record.previous
-        forward_share, busy_share = forward / SHARE_WINDOW_NS, min(1.0, busy / SHARE_WINDOW_NS)
+        forward_share, busy_share = forward / window, min(1.0, busy / window)
         return {
             "forward": forward_share,
             "other": max(0.0, busy_share - forward_share),

@@ -8,6 +8,7 @@ Nobody who hands something in ever waits for the disk.  What cannot be written i
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pathlib
@@ -16,15 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from llm_serving.errors import ConfigError
-from llm_serving.precision.manifest import ManifestEntry, ManifestWriter
-from llm_serving.precision.naming import file_name, key_of, prefix_digest, time_of
+from llm_serving.precision.manifest import ManifestEntry
+from llm_serving.precision.manifest_writer import ManifestWriter
+from llm_serving.precision.naming import file_name, key_of, prefix_digest, read_name
 
 __all__ = ["LogitsDump"]
 
@@ -34,7 +34,7 @@ _TICK_S = 1e-6  # between two files; a float of today's seconds resolves a quart
 _FUTURE_S = 1e8  # what a clock may have been ahead; later times are no times
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Pending:
     time_s: float
     token_ids: npt.NDArray[np.int32]
@@ -122,8 +122,9 @@ class LogitsDump:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._partial.write_bytes(b"")
-            times = (time_of(path.name) for path in self.folder.glob("*.npy"))
+            names = (read_name(path.name) for path in self.folder.glob("*.npy"))
             latest = time.time() + _FUTURE_S
+            times = (name.time_s for name in names if name is not None)
             newest = max((time_s for time_s in times if time_s < latest), default=0.0)
             return ManifestWriter(self.folder), newest
         except OSError as exc:
@@ -151,7 +152,7 @@ class LogitsDump:
     def _write(self, pending: _Pending) -> None:
         key = key_of(pending.token_ids)
         path = self.folder / file_name(pending.time_s, key, pending.position)
-        entry = msgspec.structs.replace(
+        entry = dataclasses.replace(
             self._template,
             file=path.name,
             key=key,

@@ -7,7 +7,7 @@
 
 KB is 1024 bytes, MB is 1024 KB.  The stages are transport only: what the peer worked, and what it
 was busy with before it looked at the frame, is in Total alone.  `add` costs an append; the text
-is made in `flush`, and a disk that refuses it ends the log, never the caller.
+is made in `flush`, and a disk that refuses it ends the log, never the caller, who is told once.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ class CallLog:
         transport: str,
         methods: Collection[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        on_failure: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Begin a new file, with an old log of that name gone; None stands for all methods.
 
+        `on_failure` gets a sentence when the file can no longer be written.
         Raises ConfigError if that is impossible, or would overwrite what is no transport log.
         """
         self._methods = frozenset(METHODS if methods is None else methods)
@@ -64,21 +66,26 @@ class CallLog:
             self._file = path.open("w", encoding="utf-8", newline="\n")
         except OSError as exc:
             raise ConfigError(f"transport log {path}: {exc.strerror or exc}") from exc
-        self.num_requests = 0  # kept by the owner
+        self.num_requests = 0  # kept by the owner, like the next
+        self.ended = "normally"  # what the summary says of the end
         self.num_calls = 0
         self.failure: str | None = None  # why nothing is written any more
         self._clock = clock
+        self._on_failure: Callable[[str], None] = lambda _: None  # until the head is written
         self._began = clock()
         self._pending: list[tuple[str, tuple[int, ...]]] = []
         self._write(f"{TITLE}{_one_line(transport)}\n{','.join(COLUMNS)}\n")
         if self.failure is not None:
             raise ConfigError(f"transport log {path}: {self.failure}")
+        self._on_failure = on_failure
 
     def __enter__(self) -> CallLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        self.close("normally" if kind is None else kind.__name__)
+        if kind is not None:
+            self.ended = kind.__name__
+        self.close()
 
     def add(
         self,
@@ -112,13 +119,13 @@ class CallLog:
         if lines:
             self._write("".join(lines))
 
-    def close(self, ended: str = "normally") -> None:
+    def close(self) -> None:
         """Write what is left and the summary.  Again: no effect."""
         self.flush()
         seconds = self._clock() - self._began
         self._write(
             f"# summary: calls={self.num_calls} requests={self.num_requests} "
-            f"seconds={seconds:.3f} ended={_one_line(ended)}\n"
+            f"seconds={seconds:.3f} ended={_one_line(self.ended)}\n"
         )
         if not self._file.closed:
             self._file.close()
@@ -133,6 +140,7 @@ class CallLog:
             self.failure = exc.strerror or str(exc)
             with suppress(OSError):  # closing tries once more to write the rest
                 self._file.close()
+            self._on_failure(f"transport log {self._file.name}: {self.failure}; it ends here")
 
 
 def _check_overwritable(path: Path) -> None:

@@ -1,9 +1,9 @@
 """The Worker of real agents: a step's arrays into shared memory, one frame out, one frame in.
 
-Every rank gets the same frame and answers it; a step is done when all have, and what rank 0
-found is its result.  Slots of the segments belong to a step until then.  When an agent is lost,
-or lies, the worker is dead first and the outstanding steps are told afterwards; then the
-launcher brings the next epoch, which starts on the same segments, all slots free.
+Every rank gets the same frame and answers it (`answers`); the step's slot of the segments is not
+written again before all have.  When an agent is lost, or lies, the worker is dead first and the
+outstanding steps are told afterwards; then the launcher brings the next epoch, which starts on
+the same segments, all slots free.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ import time
 from functools import partial
 
 from llm_serving.errors import AgentDied, AgentError, AgentTimeout, ChannelError, Unavailable
-from llm_serving.protocol import Execute, Executed, Failed, Ready, Reply
-from llm_serving.step_arrays import StepInputs, StepResult, TransferTimes
+from llm_serving.protocol import Execute, Ready
+from llm_serving.step_arrays import StepInputs, StepResult
 from llm_serving.transport import frames
-from llm_serving.transport.arena import Arena
 from llm_serving.transport.shared_memory import sweep_segments
 from llm_serving.worker.agent_group import Agent, AgentGroup
+from llm_serving.worker.answers import Answers
 from llm_serving.worker.flights import Flight, Flights
 from llm_serving.worker.launcher import Launcher
 from llm_serving.worker.segments import Segments
-from llm_serving.worker.step_transfer import StepLimits, read_result, result_bytes, write_inputs
+from llm_serving.worker.step_transfer import StepLimits, write_inputs
 from llm_serving.worker.traffic import Call
 
 __all__ = ["AgentWorker"]
-
-_MAX_FAILURES = 16  # steps in a row; one request that is to blame itself costs at most five
 
 
 class AgentWorker:
@@ -62,7 +60,6 @@ class AgentWorker:
         self._supervising: asyncio.Task[None] | None = None
         self._flights = Flights(launcher.num_ranks)
         self._timer: asyncio.TimerHandle | None = None
-        self._num_failures = 0  # steps in a row, of this epoch
 
     async def start(self) -> None:
         """Sweep what dead servers left, reserve memory, and wait for ready agents.
@@ -182,52 +179,14 @@ class AgentWorker:
         if self._segments is None or self._next is None:
             raise Unavailable(self._why_dead)
         self._segments.reset()
-        self._num_failures = 0
         self._group = group
         group.watch(self._on_lost)
+        answers = Answers(group, self._segments, self._flights, self.traffic)
         for agent in group.agents:
             _post(group, agent, frames.encode(self._segments.attach(agent.rank)))
-            agent.channel.subscribe(partial(self._on_reply, agent.rank), group.lose)
+            agent.channel.subscribe(partial(answers.take, agent.rank), group.lose)
         if self._group is not None:  # not lost again
             self._next.set_result(group.ready)
-
-    def _on_reply(self, rank: int, reply: Reply) -> None:
-        """One answer of a rank.  Raises AgentError, which ends the epoch, for what is none."""
-        segments = self._segments
-        if segments is None:
-            return
-        if isinstance(reply, Executed):
-            self._on_executed(segments.results[rank], rank, reply)
-        elif isinstance(reply, Failed) and reply.step_id >= 0:
-            flight = self._flights.answer(rank, reply.step_id)
-            flight.failure = _step_failure(rank, reply)
-            self._num_failures += 1
-            if self._num_failures == _MAX_FAILURES:  # it is not the steps, it is the agent
-                raise AgentError(f"{_MAX_FAILURES} steps failed in a row: {reply.message}")
-        else:
-            raise _unexpected(rank, reply)
-        if (over := self._flights.take_over()) is not None:
-            segments.inputs.release(over.slot)
-            over.land()
-
-    def _on_executed(self, results: Arena, rank: int, reply: Executed) -> None:
-        flight = self._flights.answer(rank, reply.step_id)
-        if self._group is None or reply.agent_epoch != self._group.agent_epoch:
-            raise ChannelError(f"agent {rank} answered for epoch {reply.agent_epoch}")
-        call, channel = flight.call, self._group.agents[rank].channel
-        transfer = TransferTimes(call.begin_ns, call.written_ns, call.sent_ns, time.monotonic_ns())
-        result = read_result(results, reply, transfer)
-        self.traffic.answered(
-            "Execute",
-            call,
-            reply.times,
-            arrived_ns=channel.arrived_ns,
-            frame_bytes=channel.frame_bytes,
-            memory_bytes=result_bytes(result),
-        )
-        self._num_failures = 0
-        if rank == 0:
-            flight.result = result
 
     def _set_timer(self, delay_s: float) -> None:
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._check_deadline)
@@ -277,14 +236,3 @@ def _post(group: AgentGroup, agent: Agent, frame: bytes) -> None:
         agent.channel.post(frame)
     except AgentError as exc:
         group.lose(exc)
-
-
-def _step_failure(rank: int, failed: Failed) -> AgentError:
-    kind = ChannelError if failed.code == ChannelError.code else AgentError
-    return kind(f"step {failed.step_id} failed on agent {rank}: {failed.message}")
-
-
-def _unexpected(rank: int, reply: Reply) -> AgentError:
-    if isinstance(reply, Failed):
-        return AgentError(f"agent {rank} gave up: {reply.message}")
-    return ChannelError(f"agent {rank} said {reply!r:.200}, which nobody had asked for")

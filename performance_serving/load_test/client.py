@@ -101,7 +101,9 @@ class Client:
             "Accept-Encoding": "identity",
             "x-request-id": f"{self._name}-{record.index}",
         }
-        async with self._session.post(self._url, data=body, headers=headers) as response:
+        async with self._session.post(
+            self._url, data=body, headers=headers, allow_redirects=False
+        ) as response:
             record.status = response.status
             record.request_id = response.headers.get("x-request-id")
             record.timing = _timing(response.headers.get("Server-Timing"))

@@ -29,7 +29,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str]) -> int:
-    """0; 1 if a request failed or an --slo was missed; 2 if there was nothing to test; 130."""
+    """The exit code: see `--help`."""
     try:
         return compare(argv[1:]) if argv[:1] == ["compare"] else _load_test(parse(argv))
     except (NotUsable, ResultFileError) as exc:
@@ -53,14 +53,14 @@ def _load_test(options: Options) -> int:
         report = report_of(run, figures, verdicts)
         log.line(f"{plain_text(report)}\n\n{last}")
         screen.show(report)
-        _save(run, figures, verdicts, files, screen)
+        is_saved = _save(run, figures, verdicts, files, screen)
         screen.say(last)
     except NotUsable as exc:
         log.line(f"error: {exc}")
         raise
     finally:
         log.close()
-    return _exit_code(run, figures, verdicts)
+    return _exit_code(run, figures, verdicts) or int(not is_saved)
 
 
 def _headline(options: Options, started: datetime) -> str:
@@ -84,23 +84,43 @@ def _save(
     verdicts: Sequence[Verdict],
     files: OutputFiles,
     screen: Screen,
-) -> None:
-    """The result first: it is what cannot be made again."""
+) -> bool:
+    """The result first: it is what cannot be made again.  False if not all could be written."""
     saved = [files.log] if "log" in files.kinds else []
-    if "json" in files.kinds:
-        summary = asdict(figures) | {"slo": [v.sentence for v in verdicts]}
-        results.save(run, files.json, summary)
-        saved.append(files.json)
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = plots.draw(run, Path(folder)) if {"png", "html"} & {*files.kinds} else []
+    try:
+        if "json" in files.kinds:
+            summary = asdict(figures) | {"slo": [v.sentence for v in verdicts]}
+            results.save(run, files.json, summary)
+            saved.append(files.json)
+        if {"png", "html"} & {*files.kinds}:
+            saved += _draw(run, files, screen)
+    except OSError as exc:
+        screen.say(f"\nnot everything could be saved: {exc.filename}: {exc.strerror}")
+        return False
+    finally:
+        if saved:
+            screen.say("\nsaved: " + "\n       ".join(str(path) for path in saved))
+    return True
+
+
+def _draw(run: Run, files: OutputFiles, screen: Screen) -> list[Path]:
+    """The pictures and the page, as far as they are wanted."""
+    saved: list[Path] = []
+    progress = screen.progress("drawing the pictures:", plots.NUM_PICTURES)
+    with tempfile.TemporaryDirectory() as folder, progress as show:
+        pictures = []
+        show(0, "")
+        for path in plots.draw(run, Path(folder)):
+            pictures.append(path)
+            show(len(pictures), "")
         if "png" in files.kinds:
             pictures = [Path(shutil.move(path, files.picture(path))) for path in pictures]
             saved += pictures
         if "html" in files.kinds:
+            show(len(pictures), "and the page")
             html_report.write(run, pictures, files.html)
             saved.append(files.html)
-    if saved:
-        screen.say("\nsaved: " + "\n       ".join(str(path) for path in saved))
+    return saved
 
 
 def _exit_code(run: Run, figures: Figures, verdicts: Sequence[Verdict]) -> int:

@@ -22,6 +22,7 @@ __all__ = ["Comparison", "Ratio", "compare_runs", "doubts"]
 _NUM_DRAWS = 1000
 _INTERVAL = (2.5, 97.5)  # percentiles: 95 %
 _SAME = ("rate", "duration_s", "burstiness", "concurrency", "seed", "ignore_eos", "cancel_rate")
+_SAME_MODEL = ("model_id", "model_dtype", "weights")  # of /info
 
 _LABELS = ("mean", "p50", "p90", "p99")
 _MS = 1e3
@@ -95,6 +96,13 @@ def doubts(first: Run, second: Run) -> list[str]:
     for name in differing:
         values = f"{first.options.get(name)} and {second.options.get(name)}"
         found.append(f"{name} is not the same: {values}")
+    infos = first.info or {}, second.info or {}
+    for name in _SAME_MODEL:
+        told = [info[name] for info in infos if name in info]
+        if len(told) == 2 and told[0] != told[1]:
+            found.append(f"{name} is not the same at both servers: {told[0]} and {told[1]}")
+    if first.task != second.task:
+        found.append(f"the task is not the same: {first.task} and {second.task}")
     if first.api != second.api:
         found.append(f"they spoke different dialects: {first.api} and {second.api}")
     for which, run in (("first", first), ("second", second)):

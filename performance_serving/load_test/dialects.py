@@ -52,8 +52,7 @@ class Tgi:
             if record.prompt_tokens is None:
                 record.prompt_tokens = _count(details, "input_length")
             record.finish_reason = _word(details.get("finish_reason"))
-            timing = details.get("timing")
-            record.timing = timing if isinstance(timing, dict) else record.timing
+            record.timing = _durations(details.get("timing")) or record.timing
         elif not isinstance(token, dict) and not is_last:
             raise BadEvent(f"an event without a token came: {data[:200]!r}")
         return Seen(isinstance(token, dict) and token.get("id") != -1, is_last)
@@ -71,21 +70,25 @@ class OpenAI:
         return _encode({"prompt": prompt, "max_tokens": max_new_tokens, **self._more})
 
     def read(self, data: bytes, record: RequestRecord) -> Seen:
-        """Not every server sends an event for each token: `usage` has the right count."""
+        """Not every server sends an event for each token: `usage` has the right count.
+
+        A token can have no text (part of a character, EOS).  In the event of the end that is not
+        to be told from no token at all, until `usage`, right behind it, counts one more.
+        """
         if data.strip() == b"[DONE]":
             return Seen(False, True)
-        event = _decode(data)
+        event, is_one_more = _decode(data), False
         if isinstance(usage := event.get("usage"), dict):
             record.output_tokens = _count(usage, "completion_tokens") or record.output_tokens
             record.prompt_tokens = _count(usage, "prompt_tokens")
+            is_one_more = record.output_tokens == len(record.token_s) + 1
         choices = event.get("choices")
         if not isinstance(choices, list):
             raise BadEvent(f"an event without choices came: {data[:200]!r}")
         if not choices or not isinstance(choices[0], dict):
-            return Seen(False, False)
+            return Seen(is_one_more and record.finish_reason is not None, False)
         reason = _word(choices[0].get("finish_reason"))
         record.finish_reason = reason or record.finish_reason
-        # a token can have no text (half of a character); the event of the end has none either
         is_only = reason is not None and not record.token_s
         return Seen(bool(choices[0].get("text")) or reason is None or is_only, False)
 
@@ -120,6 +123,13 @@ def _message(error: object) -> str:
 def _count(value: dict[str, Any], name: str) -> int | None:
     count = value.get(name)
     return count if isinstance(count, int) and count >= 0 else None
+
+
+def _durations(value: object) -> dict[str, float] | None:
+    """Stage -> milliseconds; what is no number is left out."""
+    if not isinstance(value, dict):
+        return None
+    return {name: ms for name, ms in value.items() if type(ms) in (int, float)}
 
 
 def _word(value: object) -> str | None:

@@ -21,7 +21,7 @@ from load_test import html_tables
 from load_test.figures import Figures, Spread, figures_of
 from load_test.html_requests import request_table, rows_note, state_options
 from load_test.html_tables import figure
-from load_test.picture_style import COLOURS, without_password
+from load_test.picture_style import COLOURS
 from load_test.plots import LATENCIES, pictures
 from load_test.results import Run
 from load_test.slo import check
@@ -39,7 +39,7 @@ def write(run: Run, plots: Sequence[Path], path: Path) -> None:
     started = run.started[:19].replace("T", " ")
     parts = {
         "title": escape(f"Load test of {run.model}"),
-        "subtitle": escape(f"{without_password(run.url)}, {started}"),
+        "subtitle": escape(f"{run.url}, {started}"),
         "verdict": _verdict(run, figures),
         "cards": "\n".join(_cards(figures)),
         "errors": _errors(run, figures),

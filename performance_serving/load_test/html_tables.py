@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from load_test.figures import Figures, spread
-from load_test.picture_style import without_password
 from load_test.plots import LATENCIES
 from load_test.results import Run
 from load_test.tables import NOT_TOLD
@@ -99,7 +98,7 @@ def conditions(run: Run, figures: Figures) -> str:
         *(run.dataset.get(key, "?") for key in ("path", "num_entries", "digest"))
     )
     texts = {
-        "server": f"{without_password(run.url)}, model {run.model}, API {run.api}",
+        "server": f"{run.url}, model {run.model}, API {run.api}",
         "started": run.started,
         "task": f"{run.task} ({'precision' if run.task == 2 else 'speed'})",
         "data set": data,
@@ -129,8 +128,7 @@ def details(run: Run) -> Iterator[str]:
     for title, value in {"/info of the server": run.info, "Options": run.options}.items():
         if value:
             text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-            shown = escape(without_password(text))
-            yield f"<details><summary>{title}</summary><pre>{shown}</pre></details>"
+            yield f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>"
 
 
 def _table(kinds: str, rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

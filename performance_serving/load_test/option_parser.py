@@ -24,8 +24,8 @@ SHIPPED_DATASET = Path(__file__).resolve().parents[1] / "dataset.json"
 _EPILOG = """\
 compare two results:  %(prog)s compare before.json after.json
 
-exit code: 0; 1 a request failed, or an --slo was missed; 2 the server, the data set or an option
-cannot be used; 130 interrupted (what was measured until then is reported and saved)
+exit code: 0; 1 a request failed, an --slo was missed, or a file could not be written; 2 the server,
+the data set or an option cannot be used; 130 interrupted (what was measured is reported and saved)
 
 example:  %(prog)s --task 1 -X 0.625 -T 2400"""
 
@@ -107,7 +107,11 @@ def _add_load(group: argparse._ArgumentGroup) -> None:
 def _add_server(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-P", "--port", type=port, default=8835, help="of a server on this machine (default 8835)")
-    add("--url", type=root_url, help="root of any other server, as http://host:port")
+    add(
+        "--url",
+        type=root_url,
+        help="root of any other server, as http://host:port or http://user:password@host:port",
+    )
     add("--model", default="llama2", help="the name it serves the model under (default llama2)")
     add(
         "--api",

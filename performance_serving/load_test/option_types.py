@@ -6,12 +6,16 @@ They raise ArgumentTypeError, which says what came and what would be right.
 from __future__ import annotations
 
 import argparse
+import base64
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 __all__ = [
     "KINDS_OF_FILE",
+    "Root",
     "count_from",
     "header",
     "kinds_of_file",
@@ -82,13 +86,35 @@ def port(text: str) -> int:
     return int(text)
 
 
-def root_url(text: str) -> str:
-    """Without what the dialects add themselves."""
-    if "@" in text:
-        raise argparse.ArgumentTypeError("it holds a password; send that with --header")
-    if not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} came; it should look like http://host:port")
-    return text.rstrip("/").removesuffix("/v1")
+class Root(NamedTuple):
+    """Of a server, without what the dialects add themselves, and without a password."""
+
+    url: str
+    authorization: str | None  # the header that says the user and password of the URL
+
+
+def root_url(text: str) -> Root:
+    """`http://user:password@host` is taken apart, so that the password is in no file of a run."""
+    user, at, rest = text.rpartition("@")
+    scheme, _, user = user.partition("://")
+    url = f"{scheme}://{rest}" if at else text
+    if at and ("/" in user or not user):
+        raise argparse.ArgumentTypeError(
+            "an @ came that ends no user:password; a / in a password is spelled %2F, an @ in a "
+            "path %40"
+        )
+    if not re.fullmatch(r"https?://[^/?#\s]+[^?#\s]*", url) or not _has_host(url):
+        raise argparse.ArgumentTypeError(f"{url!r} came; it should look like http://host:port")
+    encoded = base64.b64encode(unquote(user).encode()).decode()
+    return Root(url.rstrip("/").removesuffix("/v1"), f"Basic {encoded}" if at else None)
+
+
+def _has_host(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port beyond 65535, half an IPv6 address
+        return False
 
 
 def header(text: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from load_test.arrivals import num_requests
 from load_test.option_parser import make_parser
-from load_test.option_types import KINDS_OF_FILE
+from load_test.option_types import KINDS_OF_FILE, Root
 
 __all__ = ["Options", "parse"]
 
@@ -22,7 +22,7 @@ class Options:
     task: int
     rate: float | None
     duration_s: float | None
-    url: str  # without a slash at its end
+    url: str  # without a slash at its end, and without a password
     out_dir: Path
     model: str
     dataset: Path
@@ -65,11 +65,13 @@ def parse(argv: Sequence[str]) -> Options:
     given = parser.parse_args(argv)
     if (problem := _problem(given)) is not None:
         parser.error(problem)
+    root: Root = given.url or Root(f"http://127.0.0.1:{given.port}", None)
+    login = {} if root.authorization is None else {"Authorization": root.authorization}
     return Options(
         task=given.task,
         rate=given.rate,
         duration_s=given.duration,
-        url=given.url or f"http://127.0.0.1:{given.port}",
+        url=root.url,
         out_dir=given.out_dir,
         model=given.model,
         dataset=given.dataset,
@@ -86,7 +88,7 @@ def parse(argv: Sequence[str]) -> Options:
         save=_files(given.save, given.plot),
         timeout_s=given.timeout,
         ignore_eos=given.ignore_eos,
-        headers=dict(given.header),
+        headers=login | dict(given.header),
     )
 
 

@@ -5,7 +5,7 @@ The colours are also the names by which the report exchanges them in its dark sc
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +28,6 @@ __all__ = [
     "span",
     "spread_axis",
     "time_unit",
-    "without_password",
 ]
 
 COLOURS = {  # of the data after Okabe and Ito, who chose them for every kind of eye
@@ -68,8 +67,8 @@ def frame(
 
 def amount(value: float, unit: str) -> str:
     """With three digits or more."""
-    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
-    return f"{value:,.{digits}f} {unit}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(6, max(0, digits))}f} {unit}"
 
 
 def latency_unit(longest_s: float) -> tuple[float, str]:
@@ -120,11 +119,6 @@ def say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, color=COLOURS["faint"], **style)
 
 
-def without_password(text: str) -> str:
-    """URLs in it without their user and password: pictures and pages are passed around."""
-    return re.sub(r"//[^/@\s\"]*@", "//***@", text)
-
-
 def _plain_axes(axes: Axes) -> None:
     axes.set_facecolor(COLOURS["paper"])
     axes.spines[["top", "right"]].set_visible(False)
@@ -145,5 +139,5 @@ def _conditions(run: Run) -> str:
     if run.options.get("rate"):
         load.append(f"{run.options['rate']:g} a second")
     started = run.started[:16].replace("T", " ")
-    text = f"{run.model[:60]} at {without_password(run.url)[:60]}, {', '.join(load)}, {started}"
+    text = f"{run.model[:60]} at {run.url[:60]}, {', '.join(load)}, {started}"
     return " ".join(text.encode("latin-1", "replace").decode("latin-1").split())

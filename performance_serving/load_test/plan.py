@@ -53,6 +53,12 @@ class Plan:
             cancel_after=self._cancel_after(index, asked),
         )
 
+    @property
+    def is_impossible(self) -> bool:
+        """Whether no entry has room for an answer."""
+        rooms = [self._room(size) for size in self.sizes]
+        return all(room is not None and room < 1 for room in rooms)
+
     def _room(self, size: Size) -> int | None:
         if self.max_total_tokens is None or size.prompt is None:
             return None

@@ -12,7 +12,7 @@ what there is nothing of is said where it would have been.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from load_test.picture_style import (
 )
 from load_test.results import RequestRecord, Run
 
-__all__ = ["LATENCIES", "draw", "pictures", "stem"]
+__all__ = ["LATENCIES", "NUM_PICTURES", "draw", "pictures", "stem"]
 
 LATENCIES = {
     "ttft": "time to first token",
@@ -53,6 +53,7 @@ LATENCIES = {
     "itl": "gap between tokens",
     "e2e": "end to end",
 }
+NUM_PICTURES = 4
 _DOTS_PER_INCH = 150
 _MANY = 2000  # points: beyond, they are drawn as an image even in an SVG
 _ENOUGH = 60  # points for a line of medians
@@ -60,13 +61,12 @@ _BADLY = {"error": "x", "cancelled": "D", "impossible": "s", "unfinished": "v"}
 _PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
-def draw(run: Run, folder: Path) -> list[Path]:
+def draw(run: Run, folder: Path) -> Iterator[Path]:
     """One PNG each, 1500 pixels wide; the names come from the start of the run."""
-    paths = []
     for name, figure in pictures(run).items():
-        paths.append(folder / f"{stem(run)}_{name}.png")
-        figure.savefig(paths[-1], dpi=_DOTS_PER_INCH)
-    return paths
+        path = folder / f"{stem(run)}_{name}.png"
+        figure.savefig(path, dpi=_DOTS_PER_INCH)
+        yield path
 
 
 def pictures(run: Run) -> dict[str, Figure]:
@@ -193,7 +193,7 @@ def _write_beside(axes: Axes, middle: float, text: str) -> None:
     """Below the curve on its right; above it on its left, if it rises late."""
     low, high = axes.get_xlim()
     if axes.get_xscale() == "log":
-        low, middle, high = np.log((low, middle, high))
+        low, middle, high = np.log((low, max(low, middle), high))  # gaps can be of zero
     is_late = (middle - low) > 0.55 * (high - low)
     x, y, ha, va = (0.03, 0.86, "left", "top") if is_late else (0.97, 0.07, "right", "bottom")
     box = {"boxstyle": "round,pad=0.45", "fc": COLOURS["paper"], "ec": COLOURS["grid"]}
@@ -260,6 +260,7 @@ def _draw_count(
         return
     style: dict[str, Any] = {"color": colour, "gid": name.partition(" ")[0]}
     if (pieces := band(at, counts)) is None:
+        style["clip_on"] = False  # a line at 0 is as thick as any
         axes.step(at / scale, counts, where="post", lw=1.8, label=name, **style)
         return
     axes.fill_between(pieces.at / scale, pieces.low, pieces.high, color=colour, alpha=0.2, lw=0)

@@ -119,7 +119,13 @@ async def _make_plan(
         )
     run.tokens_counted_by = counter.name
     # a run that wraps round has counted all entries, another one needs no more than it has
-    return Plan(entries, sizes, run.max_total_tokens, options.cancel_rate, options.seed)
+    plan = Plan(entries, sizes, run.max_total_tokens, options.cancel_rate, options.seed)
+    if options.num_requests is None and plan.is_impossible:
+        raise NotUsable(
+            f"nothing can be sent: every prompt of {dataset.path} fills the context of "
+            f"{run.max_total_tokens} tokens"
+        )
+    return plan
 
 
 async def _counter(options: Options, session: aiohttp.ClientSession) -> TokenCounter:

@@ -130,6 +130,8 @@ def _per_token_rows(told: PerToken) -> Iterator[Row]:
 
 def _dump(dump: PrecisionDump) -> str:
     text = f"{dump.num_written} files in {dump.folder} (as the server sees it)"
+    if not dump.num_written:
+        text += "; no answer has reached a position whose logits it writes"
     if dump.num_failed:
         text += f"; {dump.num_failed} FAILED: {dump.last_error}"
     return text
