@@ -120,7 +120,7 @@ def microseconds(work: Callable[[], None]) -> float:
 
 def step_us(dtype: str, num_threads: int, num_rows: int, rounds: int) -> float:
     """Median of the model's decode steps with nothing around them."""
-    card = find_prepared(MODEL, dtype)
+    card = find_prepared(MODEL, dtype, "auto") or find_prepared(MODEL, dtype)
     if card is None:
         sys.exit(f"prepare it first: llm-serving prepare {MODEL} --dtype {dtype}")
     loop = BareLoop(

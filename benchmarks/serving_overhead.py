@@ -30,7 +30,7 @@ MODEL, PROMPT, OUTPUT = "smollm2-135m-instruct", 128, 128
 
 
 def bare_loop(dtype: str, num_rows: int, num_threads: int) -> BareLoop:
-    card = find_prepared(MODEL, dtype)
+    card = find_prepared(MODEL, dtype, "auto") or find_prepared(MODEL, dtype)
     if card is None:
         sys.exit(f"prepare it first: llm-serving prepare {MODEL} --dtype {dtype}")
     return BareLoop(

@@ -42,6 +42,7 @@ class ModelSection(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str = "smollm2-135m-instruct"  # a name `pull` knows, a folder, a .gguf file, a hub id
     served_names: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)] | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights: Literal["auto", "float32", "bfloat16", "int8", "native"] = "auto"  # auto: the file's
     max_model_len: Positive | None = None  # tokens of prompt and output; None: the model's own
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str = "auto"  # auto, cpu, cuda
+    kernels: Literal["auto", "native", "reference"] = "auto"  # auto: native where they can run
     num_threads: Positive | None = None  # None: the processors this server may use
     transport: Literal["tcp", "unix"] = "tcp"  # control frames; tensors are in shared memory
     start_timeout_s: Seconds = 600.0

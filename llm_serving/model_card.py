@@ -6,6 +6,7 @@ from it, the agent the hyperparameters and the weight files.  Neither opens the 
 
 from __future__ import annotations
 
+import pathlib
 from typing import Literal
 
 import msgspec
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "Weights",
+    "served_as",
 ]
 
 CARD_VERSION = 2  # raised when what is cached changes its meaning
@@ -96,3 +98,24 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chat_template: str | None = None
     packed: str | None = None  # instead: a file for the native kernels, in the form `packed_as`
     packed_as: Weights | None = None
+
+    @property
+    def key(self) -> str:
+        """Its place among the prepared models of this machine."""
+        return pathlib.Path(self.tokenizer).parent.name
+
+    @property
+    def weights_served(self) -> str:
+        """What the linear layers multiply with: "Q4_1", or "Q4_1 as int8"."""
+        if self.packed_as in (None, "native", self.weights_kind):
+            return self.weights_kind
+        return f"{self.weights_kind} as {self.packed_as}"
+
+
+def served_as(card: ModelCard) -> str:
+    """For people: what the file holds, and what becomes of it."""
+    if card.packed_as is None:
+        return f"{card.weights_kind} weights served in {card.dtype}"
+    if card.packed_as == "native":
+        return f"{card.weights_kind} weights as they are, {card.dtype} cache"
+    return f"{card.weights_kind} weights packed as {card.packed_as}, {card.dtype} cache"

@@ -18,6 +18,7 @@ import torch
 
 from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blocks
 from llm_serving.agent.memory import available_memory
+from llm_serving.agent.native_sampler import NativeSampler
 from llm_serving.agent.sampler import Sampler
 from llm_serving.agent.step_check import StepLimits, check_step
 from llm_serving.agent.warm_up import bare_decode_ms, warm_up_steps
@@ -93,7 +94,11 @@ class ModelRunner:
             self._steps = MetadataBuilder(
                 kernels, table, cache.layers, cache.block_size, DTYPES[card.dtype]
             )
-        self._sampler = Sampler(self.vocab_size, max_num_seqs)
+        self._sampler: Sampler | NativeSampler
+        if isinstance(kernels, NativeKernels):
+            self._sampler = NativeSampler(kernels, self.vocab_size, max_num_seqs)
+        else:
+            self._sampler = Sampler(self.vocab_size, max_num_seqs)
         self._limits = StepLimits(
             self.vocab_size, max_model_len, cache.num_blocks, cache.block_size
         )

@@ -22,7 +22,7 @@ from llm_serving.agent.scratch import Scratch
 from llm_serving.errors import ChannelError
 from llm_serving.step_arrays import StepInputs
 
-__all__ = ["SampledColumns", "Sampler"]
+__all__ = ["SampledColumns", "Sampler", "check_logits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Sampler:
         penalties, is not finite: it gets some valid id, and no other row notices.
         Raises ChannelError if the arrays do not fit each other.
         """
-        self._check(logits, len(inputs.sampling))
+        check_logits(logits, len(inputs.sampling), self._vocab_size, self._max_num_seqs)
         with torch.inference_mode():
             return self._sample(logits.contiguous(), inputs, last_ids)
 
@@ -84,15 +84,6 @@ class Sampler:
             finite=finite,
         )
 
-    def _check(self, logits: torch.Tensor, num_samples: int) -> None:
-        expected = (num_samples, self._vocab_size)
-        if logits.shape != expected or logits.dtype != torch.float32:
-            raise ChannelError(
-                f"logits are {logits.dtype} {tuple(logits.shape)}, expected float32 {expected}"
-            )
-        if num_samples > self._max_num_seqs:
-            raise ChannelError(f"{num_samples} rows to sample, at most {self._max_num_seqs}")
-
     def _adjust(
         self, logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
     ) -> npt.NDArray[np.bool_]:
@@ -110,3 +101,16 @@ def _blank(logits: torch.Tensor, keep: npt.NDArray[np.bool_]) -> None:
     """Let the rows that cannot be sampled be sampled after all: every token is as likely."""
     if not keep.all():
         logits[torch.from_numpy(~keep).to(logits.device)] = 0.0
+
+
+def check_logits(
+    logits: torch.Tensor, num_samples: int, vocab_size: int, max_num_seqs: int
+) -> None:
+    """Raises ChannelError unless they are float32 [num_samples, vocab_size], of not too many rows."""
+    expected = (num_samples, vocab_size)
+    if logits.shape != expected or logits.dtype != torch.float32:
+        raise ChannelError(
+            f"logits are {logits.dtype} {tuple(logits.shape)}, expected float32 {expected}"
+        )
+    if num_samples > max_num_seqs:
+        raise ChannelError(f"{num_samples} rows to sample, at most {max_num_seqs}")

@@ -20,7 +20,7 @@ from llm_serving.commands.unwinding import end_with_parent
 from llm_serving.diagnostics.breakdown.observation import BareFigures
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
-from llm_serving.prepare.cache import cache_home, find_prepared, load
+from llm_serving.prepare.cache import find_prepared, load
 
 __all__ = ["main"]
 
@@ -34,10 +34,13 @@ def bare_loop(
     model: Annotated[
         str, typer.Argument(help="as `serve --model`; it must have been prepared")
     ] = "smollm2-135m-instruct",
-    digest: Annotated[
-        str | None, typer.Option(help="instead of MODEL: its model_digest in /info")
+    prepared: Annotated[
+        str | None, typer.Option(help="instead of MODEL: what /info of a server calls so")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    weights: Annotated[
+        str | None, typer.Option(help="as `serve --weights`; not given: for the reference kernels")
+    ] = None,
     rows: Annotated[int, typer.Option(min=1, help="sequences side by side")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
@@ -52,7 +55,7 @@ def bare_loop(
     """Time decode steps of a prepared model with nothing around them."""
     if parent is not None:
         end_with_parent(signal.SIGKILL, parent)
-    card = _by_name(model, dtype) if digest is None else _by_digest(digest, dtype)
+    card = _by_name(model, dtype, weights) if prepared is None else _by_key(prepared)
     num_threads = threads or num_processors(pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup"))
     loop = BareLoop(
         card,
@@ -83,18 +86,15 @@ def _sentence(card: ModelCard, figures: BareFigures) -> str:
     )
 
 
-def _by_name(model: str, dtype: str) -> ModelCard:
-    card = find_prepared(model, dtype)
+def _by_name(model: str, dtype: str, weights: str | None) -> ModelCard:
+    card = find_prepared(model, dtype, weights)
     if card is None:
-        raise ConfigError(
-            f"{model} is not prepared in dtype {dtype}: llm-serving prepare {model} --dtype {dtype}"
-        )
+        flags = f"--dtype {dtype}" + (f" --weights {weights}" if weights else "")
+        raise ConfigError(f"{model} is not prepared so: llm-serving prepare {model} {flags}")
     return card
 
 
-def _by_digest(digest: str, dtype: str) -> ModelCard:
-    for path in sorted((cache_home() / "prepared").glob("*/card.json")):
-        card = load(path.parent.name)
-        if card is not None and card.digest == digest and card.dtype == dtype:
-            return card
-    raise ConfigError(f"no prepared model here has the digest {digest:.16} and computes in {dtype}")
+def _by_key(key: str) -> ModelCard:
+    if (card := load(key)) is None:
+        raise ConfigError(f"no prepared model here is called {key:.40}")
+    return card

@@ -123,8 +123,7 @@ def _with_bare(seen: Observation, shape: Shape) -> Observation:
     """The loop in a process of its own, as the server runs its model."""
     info = seen.info
     flags = {
-        "--digest": info.get("model_digest"),
-        "--dtype": info.get("model_dtype"),
+        "--prepared": info.get("prepared"),
         "--device": str(info.get("model_device_type", "auto")).partition(":")[0],
         "--threads": info.get("num_threads"),
         "--rows": shape.streams,

@@ -58,7 +58,7 @@ def serve_until_stopped(config: ServingConfig) -> int:
         try:
             try:
                 with unwind_on_sigterm():
-                    card = prepared_card(config.model, report)
+                    card = prepared_card(config, report)
             except (SystemExit, KeyboardInterrupt):
                 return 0
             house = Deployment(config, card, listener, report)

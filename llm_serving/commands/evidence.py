@@ -46,7 +46,7 @@ def logits_dump(
         "model": card.name,
         "model_digest": card.digest,
         "dtype": ready.dtype,
-        "weights": card.weights_kind,
+        "weights": card.weights_served,
         "kernels": "+".join(sorted(set(ready.kernels.values()))),
         "source": "server",
     }

@@ -11,9 +11,10 @@ import subprocess
 
 import msgspec
 
+from llm_serving.commands.kernels_choice import packed_weights
 from llm_serving.commands.program import program
 from llm_serving.commands.start_report import StartReport
-from llm_serving.config import ModelSection
+from llm_serving.config import ModelSection, ServingConfig
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard, ModelConfig
 from llm_serving.prepare.cache import find_prepared
@@ -23,13 +24,17 @@ __all__ = ["context_length", "prepared_card"]
 _UNWIND_S = 10.0
 
 
-def prepared_card(model: ModelSection, report: StartReport) -> ModelCard:
+def prepared_card(config: ServingConfig, report: StartReport) -> ModelCard:
     """Raises ConfigError with the reason of the preparation, which it prints as it goes on."""
+    model = config.model
+    weights, reason = packed_weights(config)
+    if reason:
+        report.event(f"kernels    reference: {reason}")
     with report.phase("find the prepared model"):
-        card = find_prepared(model.path, model.dtype)
+        card = find_prepared(model.path, model.dtype, weights)
     if card is None:
         with report.phase("prepare the model"):
-            card = _prepare(model)
+            card = _prepare(model, weights)
     report.model(card)
     return card
 
@@ -55,8 +60,10 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _prepare(model: ModelSection) -> ModelCard:
+def _prepare(model: ModelSection, weights: str | None) -> ModelCard:
     flags = ["--dtype", model.dtype, "--json", "--parent", str(os.getpid())]
+    if weights is not None:
+        flags += ["--weights", weights]
     child = subprocess.Popen([*program(), "prepare", model.path, *flags], stdout=subprocess.PIPE)
     try:
         output, _ = child.communicate()

@@ -12,6 +12,7 @@ from llm_serving.commands.console import ConsoleProgress
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import end_with_parent, unwind_on_sigterm
 from llm_serving.errors import ConfigError
+from llm_serving.model_card import served_as
 from llm_serving.prepare.prepare import prepare as convert
 
 __all__ = ["main"]
@@ -40,6 +41,14 @@ def prepare(
             "float32",
         ),
     ] = "auto",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="for the native kernels: float32, bfloat16, int8, native (a GGUF file's own "
+            "blocks) or auto (what the file has; float32 with --dtype float32); not given: for "
+            "the reference kernels",
+        ),
+    ] = None,
     parent: Annotated[
         int | None, typer.Option(hidden=True, help="the process without which this one is useless")
     ] = None,
@@ -57,7 +66,7 @@ def prepare(
         end_with_parent(signal.SIGTERM, parent)
     try:
         with ConsoleProgress() as progress:
-            card = convert(model, dtype, progress)
+            card = convert(model, dtype, progress, weights)
     except ConfigError as exc:
         if not json:
             raise
@@ -66,5 +75,5 @@ def prepare(
     if json:
         print(msgspec.json.encode(card).decode())
     else:
-        print(f"{card.name}: {card.architecture}, {card.weights_kind} served as {card.dtype}")
+        print(f"{card.name}: {card.architecture}, {served_as(card)}")
     return 0

@@ -52,6 +52,16 @@ def serve(
     dtype: Annotated[
         str | None, _option("--dtype", "auto, float32, bfloat16 or float16 [auto: the file's]")
     ] = None,
+    weights: Annotated[
+        str | None,
+        _option(
+            "--weights", "auto, float32, bfloat16, int8 or native (the file's blocks) [auto: the file's]"
+        ),
+    ] = None,
+    kernels: Annotated[
+        str | None,
+        _option("--kernels", "auto, native or reference [auto: native where they can run]"),
+    ] = None,
     max_model_len: Annotated[
         int | None,
         _option("--max-model-len", "tokens of prompt and output together [the model's context]"),
@@ -118,6 +128,8 @@ def serve(
         "model.path": model,
         "model.served_names": served_name or None,
         "model.dtype": dtype,
+        "model.weights": weights,
+        "agent.kernels": kernels,
         "model.max_model_len": max_model_len,
         "server.host": host,
         "server.port": port,

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from llm_serving.model_card import ModelCard
+from llm_serving.model_card import ModelCard, served_as
 from llm_serving.protocol import Ready
 
 __all__ = ["StartReport"]
@@ -36,7 +36,7 @@ class StartReport:
         config = card.config
         print(
             f"model      {card.name}: {card.architecture}, {config.num_hidden_layers} layers, "
-            f"{card.weights_kind} weights served in {card.dtype}",
+            f"{served_as(card)}",
             flush=True,
         )
 

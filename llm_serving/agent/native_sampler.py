@@ -1,0 +1,72 @@
+"""The sampler over the native kernels: a row costs its summary, and a draw only if it asks for one.
+
+Same tokens for the same logits as `sampler.Sampler`, but where a softmax's last bit decides.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llm_serving.agent.logits import adjust
+from llm_serving.agent.sampler import SampledColumns, check_logits
+from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.step_arrays import StepInputs
+
+__all__ = ["NativeSampler"]
+
+
+class NativeSampler:
+    """Samples steps of at most `max_num_seqs` rows; keeps no state but memory to work in."""
+
+    def __init__(self, kernels: NativeKernels, vocab_size: int, max_num_seqs: int) -> None:
+        self._vocab_size, self._max_num_seqs = vocab_size, max_num_seqs
+        self._rows = kernels.module.RowSampler(kernels.kernels, kernels.pool, vocab_size)
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        inputs: StepInputs,
+        last_ids: npt.NDArray[np.int32] | None,
+    ) -> SampledColumns:
+        """As `Sampler.sample`."""
+        n = len(inputs.sampling)
+        check_logits(logits, n, self._vocab_size, self._max_num_seqs)
+        adjusted, is_adjusted = _adjusted(logits, inputs, last_ids)
+        width = min(int(inputs.sampling["num_logprobs"].max(initial=0)), self._vocab_size)
+        ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
+        finite = np.empty(n, np.uint8)
+        top_ids, top_logprobs = np.empty((n, width), np.int32), np.empty((n, width), np.float32)
+        self._rows.sample(
+            logits.numpy(),
+            adjusted,
+            is_adjusted,
+            inputs.sampling.view(np.uint8).reshape(n, -1),
+            inputs.positions[inputs.logit_positions] + np.int32(1),
+            ids,
+            logprobs,
+            finite,
+            top_ids,
+            top_logprobs,
+        )
+        return SampledColumns(ids, logprobs, top_ids, top_logprobs, finite.view(np.bool_))
+
+
+def _adjusted(
+    logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.uint8] | None]:
+    """The logits after biases and penalties, and which rows have any; None: no row has."""
+    sampling = inputs.sampling
+    asks = (
+        len(inputs.bias_rows)
+        or (sampling["repetition_penalty"] != 1).any()
+        or (sampling["presence_penalty"] != 0).any()
+        or (sampling["frequency_penalty"] != 0).any()
+    )
+    if not asks:
+        return None, None
+    scores = logits.clone()
+    flags = np.zeros(len(sampling), np.uint8)
+    flags[adjust(scores, inputs, last_ids)] = 1
+    return scores.numpy(), flags

@@ -1,0 +1,42 @@
+"""Which kernels will run the model, decided before it is prepared: the weights depend on it."""
+
+from __future__ import annotations
+
+import pathlib
+
+from llm_serving.config import ServingConfig
+from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.layout import TILE
+from llm_serving.kernels.cpu.native import why_not
+
+__all__ = ["packed_weights"]
+
+_GPU = pathlib.Path("/dev/nvidiactl")
+
+
+def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
+    """(`weights` of `prepare`, why the native kernels do not run).
+
+    Raises ConfigError if they were asked for and cannot run.
+    """
+    model, agent = config.model, config.agent
+    reason = _why_not_native(config)
+    if not reason:
+        return model.weights, ""
+    if agent.kernels == "native":
+        raise ConfigError(f"agent.kernels: native cannot run: {reason}")
+    if model.weights != "auto":
+        raise ConfigError(f"model.weights: {model.weights} needs the native kernels, but {reason}")
+    return None, reason
+
+
+def _why_not_native(config: ServingConfig) -> str:
+    if config.agent.kernels == "reference":
+        return "agent.kernels is reference"
+    if config.agent.device.startswith("cuda") or (config.agent.device == "auto" and _GPU.exists()):
+        return "the device is a GPU"
+    if config.model.dtype == "float16":
+        return "they have no float16"
+    if config.kv_cache.block_size % TILE:
+        return f"kv_cache.block_size is {config.kv_cache.block_size}, not a multiple of {TILE}"
+    return why_not()
