@@ -5,7 +5,8 @@
 Random weights in SmolLM2-135M's shapes (30 layers and the head).  Each line is all linear layers of
 a decode step of some rows, or of a prefill of 512 rows (without the head, which sees one row): the
 median ms, the rates, and the percentage of the limit, which is max(bytes / read bandwidth,
-operations / peak) with bandwidth and peak measured in this very run: the best so far, and again at the end.
+operations / peak) with bandwidth and peak measured in this very run: the best so far, and again
+at the end.
 """
 
 from __future__ import annotations

@@ -88,7 +88,9 @@ class Bench:
                     places, places,
                 )  # fmt: skip
             times.append(time.perf_counter() - start)
-        print(f"rotary and cache write {name}: {tokens} tokens {statistics.median(times) * 1e3:.2f} ms")
+        print(
+            f"rotary and cache write {name}: {tokens} tokens {statistics.median(times) * 1e3:.2f} ms"
+        )
 
     def sampling(self, what: str, rows: int, scale: float, **options: float) -> None:
         rng = np.random.default_rng(0)
@@ -142,7 +144,9 @@ def main() -> None:
             bench.sampling("temperature 0.8, top_p 0.95", 32, scale, temperature=0.8, top_p=0.95)
             bench.sampling("temperature 0.8, top_k 50", 32, scale, temperature=0.8, top_k=50)
             bench.sampling("temperature 0.8, min_p 0.1", 32, scale, temperature=0.8, min_p=0.1)
-            bench.sampling("temperature 0.8, typical_p 0.9", 32, scale, temperature=0.8, typical_p=0.9)
+            bench.sampling(
+                "temperature 0.8, typical_p 0.9", 32, scale, temperature=0.8, typical_p=0.9
+            )
         bench.sampling("greedy with 20 alternatives", 32, 3, num_logprobs=20)
     print(measure_limits(bench.kernels, bench.pool, bench.memory))
 

@@ -39,7 +39,7 @@ class Model:
 class World:
     """A cache of NaN, rows with blocks of their own in random order, and what was written to them.
 
-    `context_lens[i]` tokens of row i will be in the cache, the last `counts[i]` of them its queries.
+    `context_lens[i]` tokens of row i will be in the cache, the last `counts[i]` are its queries.
     """
 
     def __init__(self, model: Model, counts: list[int], context_lens: list[int], seed: int = 0):
@@ -69,7 +69,7 @@ class World:
     def step(
         self, isa: str, pool: object, spans: list[tuple[int, int, int]], plan_threads: int = 0
     ) -> list[Floats]:
-        """Write tokens [begin, end) of some (row, begin, end) and attend: [end - begin, heads, d]."""
+        """Write tokens [begin, end) of (row, begin, end) and attend: [end - begin, heads, d]."""
         m = self.model
         kernels = native.kernels(isa)
         tokens = np.concatenate([self.projected[row][b:e] for row, b, e in spans])
@@ -212,7 +212,9 @@ def test_the_bits_do_not_depend_on_chunks_company_threads_or_splitting(
     for row in range(3):
         got = np.concatenate(results[row])
         assert (got.view(np.uint32) == expected[row].view(np.uint32)).all()
-    again = World(model, lengths, lengths).step(isa, two, [(r, 0, n) for r, n in enumerate(lengths)])
+    again = World(model, lengths, lengths).step(
+        isa, two, [(r, 0, n) for r, n in enumerate(lengths)]
+    )
     for row in range(3):
         assert (again[row].view(np.uint32) == expected[row].view(np.uint32)).all()
 

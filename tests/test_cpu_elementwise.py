@@ -79,7 +79,9 @@ def test_both_instruction_sets_norm_and_gate_alike() -> None:
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
     x, kernels = np.zeros((2, 8), np.float32), native.kernels()
-    with pytest.raises(ValueError, match=r"weight must be a contiguous float32 array of shape \[8\]"):
+    with pytest.raises(
+        ValueError, match=r"weight must be a contiguous float32 array of shape \[8\]"
+    ):
         native.rms_norm(kernels, x, np.zeros(7, np.float32), 1e-6, x)
     with pytest.raises(ValueError, match=r"x must be a contiguous float32 array"):
         native.rms_norm(kernels, x.astype(np.float64), np.zeros(8, np.float32), 1e-6, x)

@@ -106,7 +106,7 @@ def _blank(logits: torch.Tensor, keep: npt.NDArray[np.bool_]) -> None:
 def check_logits(
     logits: torch.Tensor, num_samples: int, vocab_size: int, max_num_seqs: int
 ) -> None:
-    """Raises ChannelError unless they are float32 [num_samples, vocab_size], of not too many rows."""
+    """Raises ChannelError unless they are float32 [num_samples, vocab_size], not too many rows."""
     expected = (num_samples, vocab_size)
     if logits.shape != expected or logits.dtype != torch.float32:
         raise ChannelError(

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from llm_serving.baseline.dataset import Plan, read_dataset
 from llm_serving.baseline.prefixes import group_prefixes, read_prefixes
 from llm_serving.baseline.reference import Reference
 from llm_serving.baseline.writing import PatientDump, run_freely, run_prefixes
 from llm_serving.commands.console import ConsoleProgress
+from llm_serving.commands.eta_bar import EtaBar
 from llm_serving.commands.model_source import context_length
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import unwind_on_sigterm
@@ -29,8 +28,6 @@ from llm_serving.prepare.prepare import prepare
 from llm_serving.server.tokenizer import Tokenizer
 
 __all__ = ["main"]
-
-_SPEAK_EVERY_S = 5.0  # without a terminal
 
 
 def main(argv: list[str]) -> int:
@@ -218,39 +215,3 @@ def _report(dump: LogitsDump, out: pathlib.Path, compared: pathlib.Path, seconds
         )
     print(f"{dump.num_written} files in {out} after {seconds:.1f} s; compare them with")
     print(f"  python acc_allclose.py --base_path {out} --new_path {compared}")
-
-
-class EtaBar:
-    """Work done and time left on stderr: a bar in a terminal, elsewhere a line now and then."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._live = console.is_terminal
-        self._bar = Progress(
-            TextColumn("  compute"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task("compute")
-        self._began = self._spoke = time.monotonic()
-
-    def __enter__(self) -> EtaBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def show(self, done: float, total: float) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-        now = time.monotonic()
-        if not self._live and now - self._spoke >= _SPEAK_EVERY_S:
-            self._spoke = now
-            left = (now - self._began) * (total - done) / max(done, 1e-9)
-            print(
-                f"  {done / total:.0%} done, about {left:.0f} s left", file=sys.stderr, flush=True
-            )

@@ -55,7 +55,8 @@ def serve(
     weights: Annotated[
         str | None,
         _option(
-            "--weights", "auto, float32, bfloat16, int8 or native (the file's blocks) [auto: the file's]"
+            "--weights",
+            "auto, float32, bfloat16, int8 or native (the file's blocks) [auto: the file's]",
         ),
     ] = None,
     kernels: Annotated[

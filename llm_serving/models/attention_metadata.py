@@ -32,7 +32,7 @@ class AttentionMetadata:
     def rotate_and_store(
         self, layer: int, query_key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Rotate [t, h + k, d], store the keys and values [t, k, d]; the rotated queries [t, h, d]."""
+        """Rotate [t, h + k, d], store keys and values [t, k, d]; the rotated queries [t, h, d]."""
         keys, values = self.caches[layer]
         return self.kernels.rotary_and_cache_write(
             query_key, value, self.rotation, self.slots, keys, values

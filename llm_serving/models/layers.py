@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-
 from torch.nn import functional
 
 from llm_serving.kernels.interface import Kernels
@@ -73,7 +72,7 @@ class StepContext(Protocol):
     def rotate_and_store(
         self, layer: int, query_key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        """Rotate [t, h + k, d], store the keys and values [t, k, d]; the rotated queries [t, h, d]."""
+        """Rotate [t, h + k, d], store keys and values [t, k, d]; the rotated queries [t, h, d]."""
 
     def attend(self, layer: int, query: torch.Tensor) -> torch.Tensor:
         """[t, h, d] attends to everything its row has stored: [t, h * d]."""

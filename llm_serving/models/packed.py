@@ -1,8 +1,8 @@
 """A model whose weights are packed for the native CPU kernels, and the plan that runs its layers.
 
-Everything between the operations is float32; what a linear layer multiplies with, and what the cache
-holds, is the kernels' own.  A layer whose linears are all packed is part of the plan, one native call
-for a run of layers; any other runs operation by operation over the same cache.
+Everything between the operations is float32; what a linear layer multiplies with, and what the
+cache holds, is the kernels' own.  A layer whose linears are all packed is part of the plan, one
+native call for a run of layers; any other runs operation by operation over the same cache.
 """
 
 from __future__ import annotations
@@ -193,7 +193,11 @@ class NativePlan:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         n = len(hidden)
         logits = torch.empty(n, self._vocab_size)
-        best, largest, total = np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32)
+        best, largest, total = (
+            np.empty(n, np.int32),
+            np.empty(n, np.float32),
+            np.empty(n, np.float32),
+        )
         rows = np.arange(n, dtype=np.int32)
         self._plan.logits(hidden.numpy(), rows, logits.numpy(), best, largest, total)
         return logits

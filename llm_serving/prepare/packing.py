@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.native import native
 from llm_serving.kernels.cpu.packed_file import PackedWriter
-from llm_serving.errors import ConfigError
 from llm_serving.model_card import Dtype, ModelConfig, Weights
 from llm_serving.prepare.progress import Progress
 
@@ -50,7 +50,7 @@ class RowSource(Protocol):
         """Some rows in blocks of that kind, converted if they are not."""
 
     def block_kind(self, name: str) -> str:
-        """Which kind of block loses nothing worth mentioning of this tensor; BF16 if it has none."""
+        """The kind of block that loses nothing worth mentioning of it; BF16 if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +95,16 @@ def choose_packing(
         return None
     if problem := _misfit(config):
         if weights != "auto":
-            raise ConfigError(f"weights {weights}: the native kernels cannot run this model, {problem}")
+            raise ConfigError(
+                f"weights {weights}: the native kernels cannot run this model, {problem}"
+            )
         progress.say(f"the native kernels cannot run this model, {problem}; it runs on reference")
         return None
     is_plain = kind.lower() in ("f32", "f16", "bf16", "float32", "float16", "bfloat16")
     is_float32 = kind.lower() in ("f32", "float32")
-    cache: Dtype = "float32" if dtype == "float32" or (dtype == "auto" and is_float32) else "bfloat16"
+    cache: Dtype = (
+        "float32" if dtype == "float32" or (dtype == "auto" and is_float32) else "bfloat16"
+    )
     for known in get_args(Weights):
         if weights == known:
             return Packing(known, cache)
@@ -142,11 +146,16 @@ def _linears(config: ModelConfig) -> list[_Linear]:
     found = []
     for layer in range(config.num_hidden_layers):
         attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        qkv = [(f"{attention}.{part}_proj", size) for part, size in zip("qkv", (queries, keys, keys), strict=True)]
+        qkv = [
+            (f"{attention}.{part}_proj", size)
+            for part, size in zip("qkv", (queries, keys, keys), strict=True)
+        ]
         gate_up = [(f"{mlp}.gate_proj", inner), (f"{mlp}.up_proj", inner)]
         found += [
             _Linear(f"{attention}.qkv_proj", hidden, qkv, config.qkv_bias),
-            _Linear(f"{attention}.o_proj", queries, [(f"{attention}.o_proj", hidden)], config.o_bias),
+            _Linear(
+                f"{attention}.o_proj", queries, [(f"{attention}.o_proj", hidden)], config.o_bias
+            ),
             _Linear(f"{mlp}.gate_up_proj", hidden, gate_up, config.mlp_bias, is_interleaved=True),
             _Linear(f"{mlp}.down_proj", inner, [(f"{mlp}.down_proj", hidden)], config.mlp_bias),
         ]

@@ -34,8 +34,8 @@ __all__ = ["prepare"]
 def prepare(model: str, dtype: str, progress: Progress, weights: str | None = None) -> ModelCard:
     """The card of `model`, converted into the cache if it is not there yet.
 
-    `weights`: how the native kernels shall find them (auto, float32, bfloat16, int8 or native), if the
-    model is one that they can run; None: it is for the reference kernels.
+    `weights`: how the native kernels shall find them (auto, float32, bfloat16, int8 or native), if
+    the model is one that they can run; None: it is for the reference kernels.
 
     Raises ConfigError, in one sentence, for whatever keeps the model from being served.
     """

@@ -3,8 +3,9 @@
     8 bytes little-endian length, that many bytes of JSON: `Header`
     then each part at a multiple of 64 bytes
 
-Linear layers stand under the names of the model's fused layers (model.layers.0.self_attn.qkv_proj),
-norms under their checkpoint names.  The embedding is kept as rows of its source, and read row by row.
+Linear layers stand under the names of the model's fused layers, model.layers.0.self_attn.qkv_proj,
+norms under their checkpoint names.  The embedding is kept as rows of its source, and read row by
+row.
 """
 
 from __future__ import annotations

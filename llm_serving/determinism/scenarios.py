@@ -1,0 +1,83 @@
+"""What a token's logits must not depend on, as runs that force it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from llm_serving.determinism.engine import Counts, Prompt
+from llm_serving.generation import SamplingParams
+from llm_serving.master.scheduler import Limits
+
+__all__ = ["Scenario", "make_prompts", "scenarios"]
+
+BLOCK_SIZE = 16
+_MIXED_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100, 129, 200, 257, 400)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    name: str
+    limits: Limits
+    num_blocks: int
+    num_threads: int
+    forced: str = ""  # the field of `Counts` that must not be 0
+    random_arrivals: bool = False
+
+    def has_forced(self, counts: Counts) -> bool:
+        return not self.forced or getattr(counts, self.forced) > 0
+
+
+def make_prompts(
+    num_prompts: int, new_tokens: int, vocab_size: int, max_model_len: int, seed: int
+) -> list[Prompt]:
+    """Random ids of mixed lengths; every third begins as one before it, every second is sampled."""
+    rng = np.random.default_rng(seed)
+    prompts: list[Prompt] = []
+    for i in range(num_prompts):
+        length = min(_MIXED_LENGTHS[i % len(_MIXED_LENGTHS)], max_model_len - new_tokens)
+        ids = rng.integers(0, vocab_size, length).tolist()
+        if i % 3 == 2:
+            shared = prompts[int(rng.integers(i))].ids
+            ids = [*shared[: max(1, length - 1)], *ids][:length]
+        sampling = SamplingParams(max_new_tokens=new_tokens)
+        if i % 2:
+            sampling = replace(sampling, temperature=0.8, top_p=0.95, top_k=50, seed=1000 + i)
+        prompts.append(Prompt(tuple(ids), sampling, int(rng.integers(2 * new_tokens))))
+    return prompts
+
+
+def scenarios(
+    prompts: Sequence[Prompt], new_tokens: int, num_threads: int
+) -> tuple[Scenario, list[Scenario]]:
+    """Each request alone, and everything that must give the same bits."""
+    blocks = [-(-(len(prompt.ids) + new_tokens) // BLOCK_SIZE) for prompt in prompts]
+    longest, ample = max(blocks), sum(blocks) + len(blocks)
+    whole = Limits(max_num_seqs=len(prompts), max_num_batched_tokens=1024, prefix_caching=False)
+    chunks = replace(whole, max_num_batched_tokens=48)
+    alone = Scenario("alone", replace(whole, max_num_seqs=1), ample, num_threads)
+    tight = max(longest + 2, ample // 4)
+    return alone, [
+        Scenario("in random company", whole, ample, num_threads, "mixed_steps", True),
+        Scenario("prompts in chunks", chunks, ample, num_threads, "mixed_steps", True),
+        Scenario(
+            "preempted and computed again",
+            replace(chunks, headroom_blocks=0, reserve_share=0.0),
+            tight,
+            num_threads,
+            "preemptions",
+        ),
+        Scenario(
+            "from the prefix cache",
+            replace(whole, prefix_caching=True, max_num_seqs=4),
+            ample,
+            num_threads,
+            "prefix_hits",
+        ),
+        *(
+            Scenario(f"{threads} thread{'s' * (threads > 1)}", whole, ample, threads, "", True)
+            for threads in sorted({1, 2, 3} - {num_threads})
+        ),
+    ]
