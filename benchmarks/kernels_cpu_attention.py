@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 from kernels_cpu import Limits, measure_limits
@@ -24,8 +23,6 @@ SMOLLM2_135M = ("SmolLM2-135M", 30, 9, 3, 64)
 LLAMA_7B = ("LLaMA-7B, 4 layers", 4, 32, 32, 128)
 VOCABULARY = 49152
 BLOCK_SIZE = 16
-
-Timed = Callable[[int], list[float]]
 
 
 class Bench:
@@ -88,7 +85,8 @@ class Bench:
                     places, places,
                 )  # fmt: skip
             times.append(time.perf_counter() - start)
-        print(f"rotary and cache write {name}: {tokens} tokens {statistics.median(times) * 1e3:.2f} ms")
+        milliseconds = statistics.median(times) * 1e3
+        print(f"rotary and cache write {name}: {tokens} tokens {milliseconds:.2f} ms", flush=True)
 
     def sampling(self, what: str, rows: int, scale: float, **options: float) -> None:
         rng = np.random.default_rng(0)
@@ -142,7 +140,9 @@ def main() -> None:
             bench.sampling("temperature 0.8, top_p 0.95", 32, scale, temperature=0.8, top_p=0.95)
             bench.sampling("temperature 0.8, top_k 50", 32, scale, temperature=0.8, top_k=50)
             bench.sampling("temperature 0.8, min_p 0.1", 32, scale, temperature=0.8, min_p=0.1)
-            bench.sampling("temperature 0.8, typical_p 0.9", 32, scale, temperature=0.8, typical_p=0.9)
+            bench.sampling(
+                "temperature 0.8, typical_p 0.9", 32, scale, temperature=0.8, typical_p=0.9
+            )
         bench.sampling("greedy with 20 alternatives", 32, 3, num_logprobs=20)
     print(measure_limits(bench.kernels, bench.pool, bench.memory))
 

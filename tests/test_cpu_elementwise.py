@@ -21,7 +21,8 @@ def test_rms_norm_with_and_without_a_residual(isa: str, n: int) -> None:
 
     def expected(rows: np.ndarray) -> np.ndarray:
         rows = rows.astype(np.float64)
-        return rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight
+        scale = np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5)
+        return np.asarray(rows / scale * weight)
 
     y = np.full_like(x, np.nan)
     native.rms_norm(kernels, x, weight, 1e-5, y)
@@ -79,7 +80,9 @@ def test_both_instruction_sets_norm_and_gate_alike() -> None:
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
     x, kernels = np.zeros((2, 8), np.float32), native.kernels()
-    with pytest.raises(ValueError, match=r"weight must be a contiguous float32 array of shape \[8\]"):
+    with pytest.raises(
+        ValueError, match=r"weight must be a contiguous float32 array of shape \[8\]"
+    ):
         native.rms_norm(kernels, x, np.zeros(7, np.float32), 1e-6, x)
     with pytest.raises(ValueError, match=r"x must be a contiguous float32 array"):
         native.rms_norm(kernels, x.astype(np.float64), np.zeros(8, np.float32), 1e-6, x)

@@ -1,8 +1,8 @@
 """Native sampling against the sampler in torch, of which it is the twin.
 
-Their softmax differs in the last bits, so an id may differ where the uniform or a filter's threshold
-falls within some 1e-7 of an edge.  On logits with few different values (ties, where the order matters)
-edges are far apart and ids must be equal; on noise, one of 64 may differ.
+Their softmax differs in the last bits, so an id may differ where the uniform or a filter's
+threshold falls within some 1e-7 of an edge.  On logits with few different values (ties, where the
+order matters) edges are far apart and ids must be equal; on noise, one of 32 may differ.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ours(
         logprobs=np.full(n, np.nan, np.float32),
         top_ids=np.full((n, num_top), -1, np.int32),
         top_logprobs=np.full((n, num_top), -np.inf, np.float32),
-        finite=np.zeros(n, np.uint8),  # type: ignore[arg-type]
+        finite=np.zeros(n, np.uint8),
     )
     pool = native.Pool(num_threads)
     sampler = native.RowSampler(native.kernels(isa), pool, width)
@@ -97,7 +97,9 @@ def ours(
 
 
 def noise(rows: int, width: int, seed: int = 0, scale: float = 3.0) -> Floats:
-    return np.random.default_rng(seed).standard_normal((rows, width), np.float32) * np.float32(scale)
+    return np.random.default_rng(seed).standard_normal((rows, width), np.float32) * np.float32(
+        scale
+    )
 
 
 def coarse(rows: int, width: int, seed: int = 0) -> Floats:
@@ -275,7 +277,10 @@ def test_random_numbers_are_those_of_philox() -> None:
     positions = rng.integers(0, 2**31 - 1, 200, np.int32)
     indices = rng.integers(0, 100, 200, np.int32)
     expected = uniforms(seeds, positions, indices)
-    got = [native.uniform(int(s), int(p), int(i)) for s, p, i in zip(seeds, positions, indices, strict=True)]
+    got = [
+        native.uniform(int(s), int(p), int(i))
+        for s, p, i in zip(seeds, positions, indices, strict=True)
+    ]
     np.testing.assert_array_equal(got, expected)
 
 
