@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import numpy as np
 from kernels_cpu import Limits, measure_limits
@@ -24,8 +23,6 @@ SMOLLM2_135M = ("SmolLM2-135M", 30, 9, 3, 64)
 LLAMA_7B = ("LLaMA-7B, 4 layers", 4, 32, 32, 128)
 VOCABULARY = 49152
 BLOCK_SIZE = 16
-
-Timed = Callable[[int], list[float]]
 
 
 class Bench:
@@ -88,9 +85,14 @@ class Bench:
                     places, places,
                 )  # fmt: skip
             times.append(time.perf_counter() - start)
+<<<<<<< HEAD
         print(
             f"rotary and cache write {name}: {tokens} tokens {statistics.median(times) * 1e3:.2f} ms"
         )
+=======
+        milliseconds = statistics.median(times) * 1e3
+        print(f"rotary and cache write {name}: {tokens} tokens {milliseconds:.2f} ms", flush=True)
+>>>>>>> native2
 
     def sampling(self, what: str, rows: int, scale: float, **options: float) -> None:
         rng = np.random.default_rng(0)

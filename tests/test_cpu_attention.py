@@ -37,7 +37,7 @@ class Model:
 
 
 class World:
-    """A cache of NaN, rows with blocks of their own in random order, and what was written to them.
+    """A cache of NaN, and rows with blocks of their own in random order.
 
     `context_lens[i]` tokens of row i will be in the cache, the last `counts[i]` are its queries.
     """
@@ -64,12 +64,17 @@ class World:
     def slots(self, row: int, begin: int, end: int) -> npt.NDArray[np.int32]:
         places = np.arange(begin, end)
         size = self.model.block_size
-        return (self.tables[row, places // size] * size + places % size).astype(np.int32)
+        slots: npt.NDArray[np.int32] = self.tables[row, places // size] * size + places % size
+        return slots.astype(np.int32)
 
     def step(
         self, isa: str, pool: object, spans: list[tuple[int, int, int]], plan_threads: int = 0
     ) -> list[Floats]:
+<<<<<<< HEAD
         """Write tokens [begin, end) of (row, begin, end) and attend: [end - begin, heads, d]."""
+=======
+        """Write tokens [begin, end) of some (row, begin, end), and what they attend to."""
+>>>>>>> native2
         m = self.model
         kernels = native.kernels(isa)
         tokens = np.concatenate([self.projected[row][b:e] for row, b, e in spans])
@@ -114,7 +119,8 @@ class World:
         scores[:, np.arange(end) > np.arange(begin, end)[:, None]] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
-        return np.einsum("hqk,khd->qhd", weights, value)
+        attended: npt.NDArray[np.float64] = np.einsum("hqk,khd->qhd", weights, value)
+        return attended
 
     def check(self, isa: str, num_threads: int = 1) -> None:
         """All earlier tokens as one prefill, then the rows' last tokens as a step of mixed rows."""
@@ -193,7 +199,8 @@ def test_the_bits_do_not_depend_on_chunks_company_threads_or_splitting(
     expected = [whole(row) for row in range(3)]
     chunked = World(model, lengths, lengths)
     rng = np.random.default_rng(5)
-    done, results, splits = [0, 0, 0], [[], [], []], 0
+    done, splits = [0, 0, 0], 0
+    results: list[list[Floats]] = [[], [], []]
     while done != lengths:
         spans = []
         for row, n in enumerate(lengths):

@@ -2,7 +2,7 @@
 
 Their softmax differs in the last bits, so an id may differ where the uniform or a filter's
 threshold falls within some 1e-7 of an edge.  On logits with few different values (ties, where the
-order matters) edges are far apart and ids must be equal; on noise, one of 64 may differ.
+order matters) edges are far apart and ids must be equal; on noise, one of 32 may differ.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def ours(
         logprobs=np.full(n, np.nan, np.float32),
         top_ids=np.full((n, num_top), -1, np.int32),
         top_logprobs=np.full((n, num_top), -np.inf, np.float32),
-        finite=np.zeros(n, np.uint8),  # type: ignore[arg-type]
+        finite=np.zeros(n, np.uint8),
     )
     pool = native.Pool(num_threads)
     sampler = native.RowSampler(native.kernels(isa), pool, width)

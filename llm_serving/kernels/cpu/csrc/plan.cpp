@@ -169,9 +169,12 @@ class Plan::Worker {
     const auto& tiles = plan_.attention_.tiles();
     const auto& splits = plan_.attention_.splits();
     Items& items = next_items();
-    for (size_t i = items.take(); i < tiles.size() * cache.kv_heads; i = items.take())
-      kernels.attend(cache, plan_.step_.rows, io, tiles[i / cache.kv_heads], static_cast<int>(i % cache.kv_heads),
-                     scratch, partials);
+    const int count = static_cast<int>(tiles.size()) * cache.kv_heads;
+    const auto item = [&](int i) { return AttentionItem{&tiles[i / cache.kv_heads], i % cache.kv_heads}; };
+    for (int i = items.take(), next; i < count; i = next) {
+      next = items.take();
+      kernels.attend(cache, plan_.step_.rows, io, item(i), item(next < count ? next : i), scratch, partials);
+    }
     end_stage(ATTEND);
     if (splits.empty()) return;
     Items& combined = next_items();
