@@ -1,12 +1,17 @@
 """How near are the native kernels to what this machine can do?
 
-    python benchmarks/kernels_cpu.py [--threads 2] [--isa auto] [--formats BF16 I8] [--rows 1 32]
+    python benchmarks/kernels_cpu.py [--threads 2] [--isa auto] [--formats BF16 I8]
+        [--rows 1 32] [--model smollm2-135m]
 
-Random weights in SmolLM2-135M's shapes (30 layers and the head).  Each line is all linear layers of
+Random weights in a model's shapes (its layers and the head).  Each line is all linear layers of
 a decode step of some rows, or of a prefill of 512 rows (without the head, which sees one row): the
 median ms, the rates, and the percentage of the limit, which is max(bytes / read bandwidth,
+<<<<<<< HEAD
 operations / peak) with bandwidth and peak measured in this very run: the best so far, and again
 at the end.
+=======
+operations / peak), both measured in this very run: the best so far, and again at the end.
+>>>>>>> native
 """
 
 from __future__ import annotations
@@ -19,10 +24,12 @@ import numpy as np
 
 from llm_serving.kernels.cpu import _native
 
-LAYERS, HIDDEN, QKV, INTERMEDIATE, VOCABULARY = 30, 576, 960, 1536, 49152
-LAYER_SHAPES = [(QKV, HIDDEN), (HIDDEN, HIDDEN), (2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)]
-HEAD_SHAPE = (VOCABULARY, HIDDEN)
 PREFILL = 512
+# layers, hidden, rows of query, key and value together, intermediate, vocabulary
+MODELS = {
+    "smollm2-135m": (30, 576, 960, 1536, 49152),
+    "llama-7b-2-layers": (2, 4096, 3 * 4096, 11008, 32000),
+}
 # Which instruction's peak bounds a format.
 PEAK_OF = {"F32": "F32", "BF16": "BF16", "I8": "I8", "Q8_0": "I8", "Q4_0": "I8", "Q4_1": "I8"}
 
@@ -74,21 +81,29 @@ def random_weight(format: str, shape: tuple[int, int], noise: np.ndarray) -> _na
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default="smollm2-135m", choices=list(MODELS))
     parser.add_argument("--isa", default="auto")
     parser.add_argument("--formats", nargs="+", default=list(PEAK_OF), choices=list(PEAK_OF))
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, PREFILL])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
     kernels, pool = _native.kernels(options.isa), _native.Pool(options.threads)
+    num_layers, hidden, qkv, intermediate, vocabulary = MODELS[options.model]
+    shapes = num_layers * [
+        (qkv, hidden),
+        (hidden, hidden),
+        (2 * intermediate, hidden),
+        (hidden, intermediate),
+    ]
     noise = np.random.default_rng(0).integers(0, 0x38, 1 << 20, np.uint8)
     memory = np.ones(256 << 20, np.uint8)
-    print(f"{kernels.isa}, {options.threads} threads")
+    print(f"{options.model}, {kernels.isa}, {options.threads} threads")
     limits = Limits(0.0, dict.fromkeys(("F32", "BF16", "I8"), 0.0))
     for format in options.formats:
         limits = limits.best(measure_limits(kernels, pool, memory))
         print(limits)
-        layers = [random_weight(format, s, noise) for _ in range(LAYERS) for s in LAYER_SHAPES]
-        head = random_weight(format, HEAD_SHAPE, noise)
+        layers = [random_weight(format, s, noise) for s in shapes]
+        head = random_weight(format, (vocabulary, hidden), noise)
         for rows in options.rows:
             weights = layers if rows >= PREFILL else [*layers, head]
             repeats = max(3, options.repeats // (1 + rows // 32))

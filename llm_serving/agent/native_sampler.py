@@ -11,6 +11,7 @@ import torch
 
 from llm_serving.agent.logits import adjust
 from llm_serving.agent.sampler import SampledColumns, check_logits
+from llm_serving.generation import SAMPLING_DTYPE
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.step_arrays import StepInputs
 
@@ -38,18 +39,19 @@ class NativeSampler:
         ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
         finite = np.empty(n, np.uint8)
         top_ids, top_logprobs = np.empty((n, width), np.int32), np.empty((n, width), np.float32)
-        self._rows.sample(
-            logits.numpy(),
-            adjusted,
-            is_adjusted,
-            inputs.sampling.view(np.uint8).reshape(n, -1),
-            inputs.positions[inputs.logit_positions] + np.int32(1),
-            ids,
-            logprobs,
-            finite,
-            top_ids,
-            top_logprobs,
-        )
+        if n:
+            self._rows.sample(
+                logits.numpy(),
+                adjusted,
+                is_adjusted,
+                inputs.sampling.view(np.uint8).reshape(n, SAMPLING_DTYPE.itemsize),
+                inputs.positions[inputs.logit_positions] + np.int32(1),
+                ids,
+                logprobs,
+                finite,
+                top_ids,
+                top_logprobs,
+            )
         return SampledColumns(ids, logprobs, top_ids, top_logprobs, finite.view(np.bool_))
 
 

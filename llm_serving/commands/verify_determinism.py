@@ -11,7 +11,7 @@ import typer
 
 from llm_serving.agent.model_runner import ModelRunner
 from llm_serving.agent.processors import num_processors
-from llm_serving.commands.console import EtaBar
+from llm_serving.commands.eta_bar import EtaBar
 from llm_serving.commands.model_source import prepared_card
 from llm_serving.commands.options import run_command
 from llm_serving.commands.start_report import StartReport
