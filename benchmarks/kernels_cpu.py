@@ -6,12 +6,7 @@
 Random weights in a model's shapes (its layers and the head).  Each line is all linear layers of
 a decode step of some rows, or of a prefill of 512 rows (without the head, which sees one row): the
 median ms, the rates, and the percentage of the limit, which is max(bytes / read bandwidth,
-<<<<<<< HEAD
-operations / peak) with bandwidth and peak measured in this very run: the best so far, and again
-at the end.
-=======
 operations / peak), both measured in this very run: the best so far, and again at the end.
->>>>>>> native
 """
 
 from __future__ import annotations
@@ -19,11 +14,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
+from typing import Any
 
 import numpy as np
 
-from llm_serving.kernels.cpu import _native
+from llm_serving.kernels.cpu.native import native
 
+_native = native()
 PREFILL = 512
 # layers, hidden, rows of query, key and value together, intermediate, vocabulary
 MODELS = {
@@ -54,7 +51,7 @@ class Limits:
         return max(num_bytes / self.bandwidth / 1e9, operations / self.peaks[PEAK_OF[format]] / 1e9)
 
 
-def measure_limits(kernels: _native.Kernels, pool: _native.Pool, data: np.ndarray) -> Limits:
+def measure_limits(kernels: Any, pool: Any, data: np.ndarray) -> Limits:
     peaks = {
         name: _native.peak(kernels, pool, getattr(_native.Format, name))
         for name in ("F32", "BF16", "I8")
@@ -69,13 +66,13 @@ def aligned(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
-def random_weight(format: str, shape: tuple[int, int], noise: np.ndarray) -> _native.PackedWeight:
+def random_weight(format: str, shape: tuple[int, int], noise: np.ndarray) -> Any:
     """The numbers do not matter for the time, but they must be numbers: bytes below 0x38 are small
     floats, bfloat16s and float16s."""
     kind = getattr(_native.Format, format)
     data = aligned(_native.packed_bytes(kind, *shape))
     data[:] = np.resize(noise, len(data))
-    return _native.PackedWeight(kind, *shape, data)
+    return Any(kind, *shape, data)
 
 
 def main() -> None:
@@ -87,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, PREFILL])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    kernels, pool = _native.kernels(options.isa), _native.Pool(options.threads)
+    kernels, pool = _native.kernels(options.isa), Any(options.threads)
     num_layers, hidden, qkv, intermediate, vocabulary = MODELS[options.model]
     shapes = num_layers * [
         (qkv, hidden),

@@ -12,13 +12,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 from kernels_cpu import Limits, measure_limits
 
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
-from llm_serving.kernels.cpu import _native
+from llm_serving.kernels.cpu.native import native
 
+_native = native()
 SMOLLM2_135M = ("SmolLM2-135M", 30, 9, 3, 64)
 LLAMA_7B = ("LLaMA-7B, 4 layers", 4, 32, 32, 128)
 VOCABULARY = 49152
@@ -26,7 +28,7 @@ BLOCK_SIZE = 16
 
 
 class Bench:
-    def __init__(self, kernels: _native.Kernels, pool: _native.Pool, repeats: int) -> None:
+    def __init__(self, kernels: Any, pool: Any, repeats: int) -> None:
         self.kernels, self.pool, self.repeats = kernels, pool, repeats
         self.memory = np.ones(256 << 20, np.uint8)
         self.limits: Limits = measure_limits(kernels, pool, self.memory)
@@ -85,14 +87,8 @@ class Bench:
                     places, places,
                 )  # fmt: skip
             times.append(time.perf_counter() - start)
-<<<<<<< HEAD
-        print(
-            f"rotary and cache write {name}: {tokens} tokens {statistics.median(times) * 1e3:.2f} ms"
-        )
-=======
         milliseconds = statistics.median(times) * 1e3
         print(f"rotary and cache write {name}: {tokens} tokens {milliseconds:.2f} ms", flush=True)
->>>>>>> native2
 
     def sampling(self, what: str, rows: int, scale: float, **options: float) -> None:
         rng = np.random.default_rng(0)
@@ -124,7 +120,7 @@ def main() -> None:
     parts = ["decode", "prefill", "write", "sampling"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     options = parser.parse_args()
-    bench = Bench(_native.kernels(options.isa), _native.Pool(options.threads), options.repeats)
+    bench = Bench(_native.kernels(options.isa), Any(options.threads), options.repeats)
     print(f"{bench.kernels.isa}, {options.threads} threads\n{bench.limits}")
     for dtype in ("bf16", "f32"):
         if "decode" in options.only:

@@ -134,6 +134,7 @@ def info(**changed: Any) -> dict[str, Any]:
         "model_dtype": "bfloat16",
         "model_device_type": "cpu",
         "model_digest": "abc",
+        "prepared": "abc",
         "num_threads": 2,
         "max_total_tokens": 2048,
         "limits": {"max_num_seqs": 64, "max_num_batched_tokens": 512},

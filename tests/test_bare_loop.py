@@ -90,8 +90,8 @@ def test_a_small_vocabulary_is_enough(card: ModelCard, executed: list[StepInputs
 def test_the_command_finds_the_model_that_a_server_names(
     prepared: ModelCard, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--dtype float32 --rows 2 --prompt-tokens 5 --new-tokens 4 --threads 1 --device cpu"
-    assert bare_loop.main(["--digest", prepared.digest, *flags.split(), "--json"]) == 0
+    flags = "--rows 2 --prompt-tokens 5 --new-tokens 4 --threads 1 --device cpu"
+    assert bare_loop.main(["--prepared", "key", *flags.split(), "--json"]) == 0
     found = msgspec.json.decode(capsys.readouterr().out, type=BareFigures)
     assert (found.rows, found.first_context, found.last_context) == (2, 6, 8)
     assert (found.num_steps, found.num_threads) == (6, 1)  # two answers of four tokens
@@ -101,23 +101,21 @@ def test_the_command_finds_the_model_that_a_server_names(
 def test_the_command_tells_people_in_a_sentence(
     prepared: ModelCard, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = "--dtype float32 --prompt-tokens 5 --new-tokens 3 --rounds 1 --threads 1"
-    assert bare_loop.main(["--digest", prepared.digest, *flags.split()]) == 0
+    flags = "--prompt-tokens 5 --new-tokens 3 --rounds 1 --threads 1"
+    assert bare_loop.main(["--prepared", "key", *flags.split()]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"{prepared.name}, float32: ")
     assert said.endswith("mean of 2; rows 1, contexts of 6 to 7 tokens, 1 threads\n")
 
 
 def test_a_model_that_is_not_here_is_a_sentence(prepared: ModelCard) -> None:
-    with pytest.raises(ConfigError, match="no prepared model here has the digest eeee"):
-        bare_loop.main(["--digest", "e" * 64, "--dtype", "float32"])
-    with pytest.raises(ConfigError, match="computes in bfloat16"):
-        bare_loop.main(["--digest", prepared.digest, "--dtype", "bfloat16"])
-    with pytest.raises(ConfigError, match="is not prepared in dtype auto: llm-serving prepare no"):
+    with pytest.raises(ConfigError, match="no prepared model here is called eeee"):
+        bare_loop.main(["--prepared", "e" * 32])
+    with pytest.raises(ConfigError, match="is not prepared so: llm-serving prepare no-such-model"):
         bare_loop.main(["no-such-model"])
 
 
 def test_a_context_that_the_model_has_not_is_a_sentence(prepared: ModelCard) -> None:
-    flags = ["--dtype", "float32", "--prompt-tokens", str(CONTEXT), "--new-tokens", "2"]
+    flags = ["--prompt-tokens", str(CONTEXT), "--new-tokens", "2"]
     with pytest.raises(ConfigError, match="max_model_len"):
-        bare_loop.main(["--digest", prepared.digest, *flags])
+        bare_loop.main(["--prepared", "key", *flags])

@@ -14,6 +14,7 @@ import torch
 import acc_allclose
 from llm_serving.cli import main
 from llm_serving.commands import baseline as module
+from llm_serving.commands.eta_bar import EtaBar
 from llm_serving.model_card import ModelCard
 from llm_serving.precision.logits_dump import LogitsDump
 from llm_serving.precision.manifest import MANIFEST_NAME, read_manifest
@@ -187,7 +188,7 @@ def test_time_that_is_left_is_told(
 ) -> None:
     seconds = iter([0.0, 3.0, 6.0, 7.0, 12.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(seconds))
-    bar = module.EtaBar()
+    bar = EtaBar()
     for done in (10, 20, 30, 40):
         bar.show(done, 80)
     assert capsys.readouterr().err == ("  25% done, about 18 s left\n  50% done, about 12 s left\n")

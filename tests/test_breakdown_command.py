@@ -184,7 +184,7 @@ def test_a_load_is_made_measured_and_compared(
     assert progress.splitlines() == ["warm up ...", "load ...", "bare model loop ..."]
     asked = bare_process.with_suffix(".txt").read_text()
     assert asked.startswith(
-        "bare-loop --digest abc --dtype bfloat16 --device cpu --threads 2 --rows 1 "
+        "bare-loop --prepared abc --device cpu --threads 2 --rows 1 "
         "--prompt-tokens 8 --new-tokens 6 --parent "
     )
 
@@ -332,9 +332,9 @@ def test_where_no_loop_can_be_run_the_servers_own_figure_serves(
     [
         (
             "import sys; say = sys.stderr.write; say('a warning\\n'); "
-            "say('llm-serving bare-loop: no prepared model here has the digest abc\\n'); "
+            "say('llm-serving bare-loop: no prepared model here is called abc\\n'); "
             "say('another\\n')",
-            "the bare loop did not run: no prepared model here has the digest abc; ",
+            "the bare loop did not run: no prepared model here is called abc; ",
         ),
         ("import sys; sys.exit(3)", "the bare loop did not run: exit code 3; "),
     ],

@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-native = pytest.importorskip("llm_serving.kernels.cpu._native")
+from llm_serving.kernels.cpu.native import native as load_native
+
+native = load_native()
 
 Floats = npt.NDArray[np.float32]
 ISAS = native.supported()
@@ -70,11 +72,7 @@ class World:
     def step(
         self, isa: str, pool: object, spans: list[tuple[int, int, int]], plan_threads: int = 0
     ) -> list[Floats]:
-<<<<<<< HEAD
-        """Write tokens [begin, end) of (row, begin, end) and attend: [end - begin, heads, d]."""
-=======
         """Write tokens [begin, end) of some (row, begin, end), and what they attend to."""
->>>>>>> native2
         m = self.model
         kernels = native.kernels(isa)
         tokens = np.concatenate([self.projected[row][b:e] for row, b, e in spans])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-native = pytest.importorskip("llm_serving.kernels.cpu._native")
+from llm_serving.kernels.cpu.native import native as load_native
+
+native = load_native()
 
 ISAS = native.supported()
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 80, 576, 1000]

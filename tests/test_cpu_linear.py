@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-_native = pytest.importorskip("llm_serving.kernels.cpu._native")
+from llm_serving.kernels.cpu.native import native as load_native
+
+_native = load_native()
 
 Array = npt.NDArray[np.float32]
 Format, Source, Epilogue = _native.Format, _native.Source, _native.Epilogue

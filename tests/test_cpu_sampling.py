@@ -19,9 +19,10 @@ import torch
 from llm_serving.agent.philox import uniforms
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
+from llm_serving.kernels.cpu.native import native as load_native
 from llm_serving.step_arrays import StepInputs
 
-native = pytest.importorskip("llm_serving.kernels.cpu._native")
+native = load_native()
 torch.set_num_threads(1)
 
 Floats = npt.NDArray[np.float32]

@@ -77,6 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": False}),
 }
 VARIANTS |= {f"rope {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()}
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -291,7 +292,7 @@ def test_a_layer_of_another_factory_is_the_one_that_computes(twins: Any) -> None
     twin, ids = twins("llama"), random_ids(4)
     model = load_model(twin.card)
     quiet = type(model)(twin.card.config, silent, ReferenceKernels(), torch.float32, CPU)
-    quiet.embedding.copy_(model.embedding)
+    quiet.tensors()[EMBEDDING].copy_(model.tensors()[EMBEDDING])
     for layer in quiet.layers:
         layer.input_norm.weight.fill_(1)
         layer.post_attention_norm.weight.fill_(1)
@@ -304,7 +305,7 @@ def test_a_layer_of_another_factory_is_the_one_that_computes(twins: Any) -> None
 def test_tied_embeddings_are_one_piece_of_memory(twins: Any) -> None:
     model = load_model(twins("tied").card)
     assert isinstance(model.head, PlainLinear)
-    assert model.head.weight.data_ptr() == model.embedding.data_ptr()
+    assert model.head.weight.data_ptr() == model.tensors()[EMBEDDING].data_ptr()
     assert "lm_head.weight" not in model.tensors()
 
 

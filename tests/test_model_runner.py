@@ -203,7 +203,7 @@ def test_the_bare_model_is_timed_and_nothing_of_it_stays(twin: Twin) -> None:
 def test_only_the_row_whose_logits_are_not_finite_is_marked(tmp_path: pathlib.Path) -> None:
     twin = build_twin(tmp_path)
     runner = load(twin.card)
-    runner._model.embedding[7] = torch.nan
+    runner._model.tensors()["model.embed_tokens.weight"][7] = torch.nan
     rows = [Row([1, 2], 0, [0]), Row([3, 7, 5], 0, [1]), Row([6], 0, [2])]
     columns = runner.execute(make_step(0, rows), no_tick)
     assert columns.finite.tolist() == [True, False, True]

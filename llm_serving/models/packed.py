@@ -152,7 +152,7 @@ class NativePlan:
             if len(packed) < len(linears):
                 continue
             qkv, out, gate_up, down = packed
-            head_norms = [_numbers(norm) for norm in layer.attention.head_norms] or [None, None]
+            query_norm, key_norm = _head_norms(layer.attention.head_norms)
             self._plan.add_layer(
                 input_norm=_numbers(layer.input_norm),
                 qkv=qkv,
@@ -160,8 +160,8 @@ class NativePlan:
                 post_norm=_numbers(layer.post_attention_norm),
                 gate_up=gate_up,
                 down=down,
-                query_norm=head_norms[0],
-                key_norm=head_norms[1],
+                query_norm=query_norm,
+                key_norm=key_norm,
             )
             self._place[index] = len(self._place)
         mine = [caches[index] for index in self._place]
@@ -201,6 +201,15 @@ class NativePlan:
         rows = np.arange(n, dtype=np.int32)
         self._plan.logits(hidden.numpy(), rows, logits.numpy(), best, largest, total)
         return logits
+
+
+def _head_norms(
+    norms: Sequence[RmsNorm],
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float32] | None]:
+    if not norms:
+        return None, None
+    query, key = norms
+    return _numbers(query), _numbers(key)
 
 
 def _numbers(norm: RmsNorm) -> npt.NDArray[np.float32]:
