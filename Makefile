@@ -2,6 +2,7 @@
 # make test     everything installed and the tests passed
 # make check    formatting, lint, types, architecture; writes nothing
 # make fix      what can be mended by itself
+# make sanitize the tests of the native kernels under the address and undefined sanitizers
 #
 # TORCH_INDEX   where torch comes from if not from pip's own index, for example
 #               make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -16,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix clean
+.PHONY: help install serve test check fix sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,6 +48,19 @@ check: install
 fix: install
 	$(BIN)/ruff check --fix --quiet .
 	$(BIN)/ruff format --quiet .
+
+# A copy of the tree holds the module, so that the one in use stays.  Python itself is not sanitized: the
+# runtimes come first, and its own leaks are not looked at.
+SANITIZED := build/sanitize
+sanitize: install
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -DSANITIZE=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DMODULE_DIRECTORY=$(CURDIR)/$(SANITIZED)/tree/llm_serving/kernels/cpu
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --parallel
+	tar -c --exclude='_native*.so' llm_serving tests performance_serving pyproject.toml | tar -x -C $(SANITIZED)/tree
+	cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py \
+	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,9 +55,7 @@ def dequantised(format: str, rows: npt.NDArray[np.uint8], k: int) -> npt.NDArray
     return values.reshape(len(rows), k)
 
 
-def packed(
-    format: str, source: str, rows: npt.NDArray, k: int, **bias: Array
-) -> _native.PackedWeight:
+def packed(format: str, source: str, rows: npt.NDArray[Any], k: int, **bias: Array) -> Any:
     n = len(rows)
     data = aligned(_native.packed_bytes(getattr(Format, format), n, k))
     raw = np.ascontiguousarray(rows).view(np.uint8).reshape(n, -1)
@@ -66,18 +65,16 @@ def packed(
 
 def random_packed(
     rng: np.random.Generator, format: str, n: int, k: int, **bias: Array
-) -> tuple[_native.PackedWeight, npt.NDArray]:
+) -> tuple[Any, npt.NDArray[Any]]:
     """A packed weight, and the rows it was packed from."""
     if format in BLOCKS:
-        rows: npt.NDArray = random_blocks(rng, format, n, k)
+        rows: npt.NDArray[Any] = random_blocks(rng, format, n, k)
         return packed(format, format, rows, k, **bias), rows
     rows = rng.standard_normal((n, k), np.float32) * 0.1
     return packed(format, "F32", rows, k, **bias), rows
 
 
-def multiply(
-    isa: str, weight: _native.PackedWeight, x: Array, pool: _native.Pool = POOL, n: int = 0
-) -> Array:
+def multiply(isa: str, weight: Any, x: Array, pool: Any = POOL, n: int = 0) -> Array:
     y = np.full((len(x), n or weight.n), np.nan, np.float32)
     _native.linear(_native.kernels(isa), pool, weight, x, y)
     return y
@@ -93,7 +90,9 @@ def quantised_blocks(x: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.
     return np.rint(blocks * inverse).astype(np.float64), scale.astype(np.float64)
 
 
-def expected(format: str, rows: npt.NDArray, x: Array) -> tuple[npt.NDArray, npt.NDArray]:
+def expected(
+    format: str, rows: npt.NDArray[Any], x: Array
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """x rows^T after the format's own rounding, in float64, and what float32 sums may be off."""
     k = x.shape[1]
     if format == "I8":
@@ -112,7 +111,7 @@ def expected(format: str, rows: npt.NDArray, x: Array) -> tuple[npt.NDArray, npt
     return x64 @ w.T, (4 * k + 8) * 2.0**-24 * (np.abs(x64) @ np.abs(w).T + 1e-30)
 
 
-def expected_int8(rows: Array, x: Array) -> tuple[npt.NDArray, npt.NDArray]:
+def expected_int8(rows: Array, x: Array) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     most = np.abs(rows).max(axis=1, keepdims=True)
     scale = most / np.float32(127)
     w = np.rint(rows * (np.float32(127) / most))
@@ -190,7 +189,7 @@ def test_epilogues(isa: str, format: str, rows: int) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("format", DENSE + BLOCKS)
 @pytest.mark.parametrize("epilogue", [Epilogue.STORE, Epilogue.ADD])
-def test_nothing_else_is_written_or_read(isa: str, format: str, epilogue: _native.Epilogue) -> None:
+def test_nothing_else_is_written_or_read(isa: str, format: str, epilogue: Any) -> None:
     """Rows of x and y that lie apart, n that ends within a panel; what is between holds NaN."""
     rng = np.random.default_rng(3)
     n, k, rows = 41, 64, 7
@@ -244,7 +243,7 @@ def test_every_source_packs_as_its_float32_values_do(format: str, source: str) -
     rng = np.random.default_rng(6)
     n, k = 50, 96
     if source == "BF16":
-        rows: npt.NDArray = to_bf16(rng.standard_normal((n, k), np.float32))
+        rows: npt.NDArray[Any] = to_bf16(rng.standard_normal((n, k), np.float32))
         values = from_bf16(rows)
     else:
         rows = random_blocks(rng, source, n, k)

@@ -113,7 +113,8 @@ std::vector<double> time_linears(const Kernels& kernels, Pool& pool,
   for (int i = 0; i < repeats; i++) {
     std::deque<LinearCall> calls;
     for (const Packed& weight : packed)
-      calls.emplace_back(kernels.linear, weight, x.data(), k, num_rows, y.data(), n, Epilogue::store);
+      calls.emplace_back(kernels.linear, weight, x.data(), weight.k, num_rows, y.data(), weight.n,
+                         Epilogue::store);
     const auto start = Clock::now();
     pool.run([&](int) {
       for (LinearCall& call : calls) {

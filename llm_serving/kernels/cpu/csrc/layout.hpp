@@ -39,7 +39,7 @@ static inline int words(Format format, int k) {
   return format == Format::bf16 ? (k + 1) / 2 : (k + 3) / 4;
 }
 
-static inline size_t block_bytes(Format format) {
+static constexpr size_t block_bytes(Format format) {
   if (format == Format::q8_0) return BLOCK * PANEL + 2 * PANEL;
   return BLOCK * PANEL / 2 + (format == Format::q4_0 ? 2 : 4) * PANEL;
 }

@@ -47,7 +47,11 @@ double multiply(Format format, long steps) {
     return chains(zero(), steps, 2 * LANES, [&](F32 sum) { return fma(one, one, sum); });
   if (format == Format::bf16)
     return chains(zero(), steps, 4 * LANES, [&](F32 sum) { return dot_bf16(sum, ones, ones); });
-  return chains(zero_i32(), steps, 8 * LANES, [&](I32 sum) { return dot_u8s8(sum, bytes, bytes); });
+  return chains(zero_i32(), steps, 8 * LANES, [&](I32 sum) {
+    I32 weight = bytes;
+    pin(weight);  // or AVX2 would multiply once for all steps
+    return dot_u8s8(sum, weight, bytes);
+  });
 }
 
 }  // namespace

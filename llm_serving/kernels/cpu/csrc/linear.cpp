@@ -50,10 +50,12 @@ void quantize_blocks(Format format, const float* x, int k, int8_t* to, float* sc
     const I32 p = to_int(mul(left, set1(inverse))), q = to_int(mul(right, set1(inverse)));
     pack_i8(to, p);
     pack_i8(to + LANES, q);
-    const int32_t total = sum_i32(add_i32(p, q));
+    const int32_t total = sum_i32(add_i32(p, q));  // of a block that is not finite: anything
     scales[b] = most / 127.0f + sum(finite);
-    if (format == Format::q4_1) static_cast<float*>(corrections)[b] = scales[b] * static_cast<float>(total);
-    else static_cast<int32_t*>(corrections)[b] = (format == Format::q8_0 ? -128 : -8) * total;
+    if (format == Format::q4_1)
+      static_cast<float*>(corrections)[b] = scales[b] * static_cast<float>(total);
+    else
+      static_cast<uint32_t*>(corrections)[b] = (format == Format::q8_0 ? -128u : -8u) * total;
   }
 }
 

@@ -6,6 +6,12 @@
 namespace llm {
 namespace ISA {
 
+// Memory that a tile asks for while it computes, since it will be needed soon: some lines in each step.
+struct Ahead {
+  const uint8_t* lines;
+  size_t step;
+};
+
 void quantize(Format, const float* x, size_t ldx, int rows, int k, uint8_t* activations);
 size_t activation_bytes(Format, int k);
 

@@ -10,17 +10,21 @@ namespace ISA {
 namespace {
 
 #if defined(__AVX512BF16__)
-constexpr int TILE_ROWS = 6;
+constexpr int TILE_ROWS = 4;
 #else
 constexpr int TILE_ROWS = 1;
 #endif
 constexpr int BLOCK_STEPS = 64;       // blocks of k in one go: 35 to 70 KB of a panel
-constexpr int ROWS = 16 * TILE_ROWS;  // that wait in `sums`
+constexpr int ROWS = 24 * TILE_ROWS;  // that wait in `sums`
 
 template <Format format>
 constexpr bool BYTES = format == Format::q8_0;
 template <Format format>
 constexpr size_t QUANT_BYTES = (BYTES<format> ? BLOCK : BLOCK / 2) * HALF;  // of half a panel
+
+// Cache lines that a tile of M rows asks for ahead in each block: all of a block, or half of it.
+template <Format format, int M>
+constexpr int AHEAD_LINES = M == 1 ? block_bytes(format) / 64 : (block_bytes(format) / 64 + 1) / 2;
 
 // Quads 2 * j and 2 * j + 1 of half a panel.
 template <Format format>
@@ -39,12 +43,15 @@ LLM_INLINE void load_quads(const uint8_t* quants, int j, I32& even, I32& odd) {
 // row; what is added lies `corrections` bytes after.
 template <Format format, int M>
 void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corrections, size_t row_stride,
-          int count, bool first, float* sums) {
+          int count, bool first, Ahead ahead, float* sums) {
   F32 acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
     for (int h = 0; h < 2; h++) acc[m][h] = first ? zero() : load(sums + m * PANEL + h * HALF);
   for (int b = 0; b < count; b++) {
+#pragma GCC unroll 17
+    for (int i = 0; i < AHEAD_LINES<format, M>; i++) prefetch(ahead.lines + 64 * i);
+    ahead.lines += ahead.step;
     I32 dots[M][2];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -88,7 +95,8 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corr
     for (int h = 0; h < 2; h++) store(sums + m * PANEL + h * HALF, acc[m][h]);
 }
 
-using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, size_t, int, bool, float*);
+using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, size_t, int, bool, Ahead,
+                      float*);
 
 template <Format format, int... M>
 const Tile* tiles(std::integer_sequence<int, M...>) {
@@ -96,10 +104,19 @@ const Tile* tiles(std::integer_sequence<int, M...>) {
   return table;
 }
 
-// A panel times at most ROWS rows.
+// As in linear_words.cpp, by blocks.
 template <Format format>
-void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel, float* y,
-                   size_t ldy, Epilogue epilogue) {
+Ahead look_ahead(const uint8_t* w, const uint8_t* next, int count, int group, int groups) {
+  constexpr size_t half = 64 * AHEAD_LINES<format, TILE_ROWS>;
+  if (groups == 1) return {w + 2 * block_bytes(format), block_bytes(format)};
+  if (next && group < 2) return {next + group * count * half, half};
+  return {w, 0};
+}
+
+// A panel times at most ROWS rows; `next` is the panel that comes after, or null.
+template <Format format>
+void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel,
+                   const uint8_t* next, float* y, size_t ldy, Epilogue epilogue) {
   const Tile* table = tiles<format>(std::make_integer_sequence<int, TILE_ROWS>());
   const uint8_t* w = weight.data + panel * panel_bytes(format, weight.k);
   const int blocks = weight.k / BLOCK, groups = (rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -107,11 +124,14 @@ void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, in
   alignas(64) float sums[ROWS * PANEL];
   for (int begin = 0; begin < blocks; begin += BLOCK_STEPS) {
     const int count = blocks - begin < BLOCK_STEPS ? blocks - begin : BLOCK_STEPS;
+    const size_t offset = begin * block_bytes(format);
     for (int g = 0; g < groups; g++) {
       const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
-      table[height - 1](w + begin * block_bytes(format), x + top * row_stride + begin * BLOCK,
+      table[height - 1](w + offset, x + top * row_stride + begin * BLOCK,
                         scales + top * row_stride + 4 * begin, static_cast<size_t>(blocks) * 4, row_stride,
-                        count, begin == 0, sums + top * PANEL);
+                        count, begin == 0,
+                        look_ahead<format>(w + offset, next ? next + offset : nullptr, count, g, groups),
+                        sums + top * PANEL);
     }
   }
   for (int r = 0; r < rows; r++)
@@ -121,11 +141,13 @@ void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, in
 template <Format format>
 void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel_begin, int panel_end,
                      float* y, size_t ldy, Epilogue epilogue) {
-  const size_t stride = activation_bytes(format, weight.k);
-  for (int panel = panel_begin; panel < panel_end; panel++)
+  const size_t stride = activation_bytes(format, weight.k), bytes = panel_bytes(format, weight.k);
+  for (int panel = panel_begin; panel < panel_end; panel++) {
+    const uint8_t* next = panel + 1 < panel_end ? weight.data + (panel + 1) * bytes : nullptr;
     for (int r = 0; r < rows; r += ROWS)
-      multiply_rows<format>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel,
+      multiply_rows<format>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel, next,
                             y + r * ldy, ldy, epilogue);
+  }
 }
 
 }  // namespace

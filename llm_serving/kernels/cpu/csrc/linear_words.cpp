@@ -44,7 +44,7 @@ struct Int8 {
 // `count` words of M rows times P panels: sums [M][P * PANEL], continued unless `first`.
 template <class Op, int M, int P>
 void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_stride, int count, bool first,
-          float* sums) {
+          Ahead ahead, float* sums) {
   typename Op::Sum acc[M][2 * P];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
@@ -52,6 +52,8 @@ void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_st
     for (int v = 0; v < 2 * P; v++)
       acc[m][v] = first ? Op::start() : Op::resume(sums + m * P * PANEL + v * HALF);
   for (int i = 0; i < count; i++) {
+    prefetch(ahead.lines);
+    ahead.lines += ahead.step;
     I32 weights[2 * P];
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * P; v++) weights[v] = load_i32(w + v / 2 * panel_stride + v % 2 * 64);
@@ -70,7 +72,7 @@ void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_st
     for (int v = 0; v < 2 * P; v++) Op::keep(sums + m * P * PANEL + v * HALF, acc[m][v]);
 }
 
-using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int, bool, float*);
+using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int, bool, Ahead, float*);
 
 // tiles[m - 1] has m rows and one panel; wide[p - 1] one row and p panels.
 template <class Op, int... M>
@@ -116,27 +118,38 @@ void multiply_row(const Packed& weight, const uint8_t* x, int panel_begin, int p
   alignas(64) float sums[WIDE * PANEL];
   for (int panel = panel_begin; panel < panel_end;) {
     const int left = panel_end - panel, width = left < WIDE ? left : WIDE;
-    table[width - 1](weight.data + panel * bytes, bytes, x, 0, words(weight.format, weight.k), true, sums);
+    table[width - 1](weight.data + panel * bytes, bytes, x, 0, words(weight.format, weight.k), true, {x, 0},
+                     sums);
     for (int p = 0; p < width; p++)
       finish<Op>(weight, panel + p, sums + p * PANEL, x, y, epilogue);
     panel += width;
   }
 }
 
-// A panel times at most ROWS rows.
+// One group of rows computes while its own panel arrives, a little later; of several, the first two ask for
+// the next panel while this one is in the cache for all.  `w` and `next` (or null): `count` words of the panels.
+Ahead look_ahead(const uint8_t* w, const uint8_t* next, int count, int group, int groups) {
+  if (groups == 1) return {w + 1024, WORD_BYTES};
+  if (next && group < 2) return {next + group * count * (WORD_BYTES / 2), WORD_BYTES / 2};
+  return {w, 0};
+}
+
+// A panel times at most ROWS rows; `next` is the panel that comes after, or null.
 template <class Op>
-void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel, float* y,
-                   size_t ldy, Epilogue epilogue) {
+void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, int rows, int panel,
+                   const uint8_t* next, float* y, size_t ldy, Epilogue epilogue) {
   const Tile* table = tiles<Op>(std::make_integer_sequence<int, TILE_ROWS>());
   const uint8_t* w = weight.data + panel * panel_bytes(weight.format, weight.k);
   const int num_words = words(weight.format, weight.k), groups = (rows + TILE_ROWS - 1) / TILE_ROWS;
   alignas(64) float sums[ROWS * PANEL];
   for (int begin = 0; begin < num_words; begin += BLOCK_WORDS) {
     const int count = num_words - begin < BLOCK_WORDS ? num_words - begin : BLOCK_WORDS;
+    const size_t offset = begin * WORD_BYTES;
     for (int g = 0; g < groups; g++) {
       const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
-      table[height - 1](w + begin * WORD_BYTES, 0, x + top * row_stride + 4 * begin, row_stride, count,
-                        begin == 0, sums + top * PANEL);
+      table[height - 1](w + offset, 0, x + top * row_stride + 4 * begin, row_stride, count, begin == 0,
+                        look_ahead(w + offset, next ? next + offset : nullptr, count, g, groups),
+                        sums + top * PANEL);
     }
   }
   for (int r = 0; r < rows; r++)
@@ -148,10 +161,13 @@ void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel
                      float* y, size_t ldy, Epilogue epilogue) {
   if (rows == 1) return multiply_row<Op>(weight, x, panel_begin, panel_end, y, epilogue);
   const size_t stride = activation_bytes(weight.format, weight.k);
-  for (int panel = panel_begin; panel < panel_end; panel++)
+  const size_t bytes = panel_bytes(weight.format, weight.k);
+  for (int panel = panel_begin; panel < panel_end; panel++) {
+    const uint8_t* next = panel + 1 < panel_end ? weight.data + (panel + 1) * bytes : nullptr;
     for (int r = 0; r < rows; r += ROWS)
-      multiply_rows<Op>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel,
+      multiply_rows<Op>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel, next,
                         y + r * ldy, ldy, epilogue);
+  }
 }
 
 }  // namespace

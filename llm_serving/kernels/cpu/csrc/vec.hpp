@@ -30,6 +30,9 @@
 namespace llm {
 namespace ISA {
 constexpr int LANES = 16;
+
+// Into the second-level cache; any address will do.
+LLM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 }
 }  // namespace llm
 
