@@ -4,23 +4,32 @@
 # The default model is fetched at the first start, into the volume.  Inside a container the server has
 # to listen on all of its addresses; --shm-size gives the tensors room in /dev/shm.
 
+FROM python:3.11-slim-bookworm AS build
+
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ make \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/llm-serving
+COPY pyproject.toml constraints.txt CMakeLists.txt Makefile README.md LICENSE ./
+COPY llm_serving llm_serving
+COPY configs configs
+COPY examples examples
+
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN make install EXTRAS= TORCH_INDEX=${TORCH_INDEX} && rm -rf build
+
 FROM python:3.11-slim-bookworm
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends make curl \
+    && apt-get install -y --no-install-recommends curl \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 serving \
-    && install -d -o serving /opt/llm-serving /var/cache/llm-serving
+    && install -d -o serving /var/cache/llm-serving
 
 USER serving
 WORKDIR /opt/llm-serving
-COPY --chown=serving pyproject.toml constraints.txt Makefile README.md LICENSE ./
-COPY --chown=serving llm_serving llm_serving
-COPY --chown=serving configs configs
-COPY --chown=serving examples examples
-
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-RUN make install EXTRAS= TORCH_INDEX=${TORCH_INDEX}
+COPY --from=build --chown=serving /opt/llm-serving /opt/llm-serving
 
 ENV PATH=/opt/llm-serving/.venv/bin:$PATH \
     XDG_CACHE_HOME=/var/cache \
