@@ -6,6 +6,7 @@ back to the reference, but for attention, whose cache has a layout of its own.
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 from llm_serving.errors import ConfigError
@@ -13,6 +14,8 @@ from llm_serving.kernels.cpu.native import native, why_not
 from llm_serving.kernels.reference import ReferenceKernels
 
 __all__ = ["NativeKernels"]
+
+_ALLOWED = sorted(os.sched_getaffinity(0))  # before a pool binds the thread that asks
 
 
 class NativeKernels(ReferenceKernels):
@@ -24,7 +27,12 @@ class NativeKernels(ReferenceKernels):
             raise ConfigError(f"the native kernels cannot run here: {reason}")
         self.module: Any = native()
         self.kernels: Any = self.module.kernels(isa)
-        self.pool: Any = self.module.Pool(num_threads, spin_us)
+        self.pool: Any = self.module.Pool(num_threads, spin_us, _processors(num_threads))
 
     def backends(self) -> dict[str, str]:
         return dict.fromkeys(super().backends(), f"native ({self.kernels.isa})")
+
+
+def _processors(num_threads: int) -> list[int]:
+    """One for each thread, if they take all that this process may use; else none is reserved."""
+    return _ALLOWED if 1 < num_threads == len(_ALLOWED) else []

@@ -1,5 +1,8 @@
 #include "pool.hpp"
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <chrono>
 #include <thread>
 #include <vector>
@@ -19,6 +22,14 @@ inline void pause() {
 #endif
 }
 
+// A processor that is not there any more is no reason to fail.
+void run_on(pthread_t thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  pthread_setaffinity_np(thread, sizeof(set), &set);
+}
+
 }  // namespace
 
 // `round` counts calls of run, `generation` barriers.  The standard's atomic wait is a futex on Linux.
@@ -29,6 +40,9 @@ struct Pool::Workers {
   const std::function<void(int)>* work = nullptr;  // null: the end
   std::chrono::microseconds spin{0};
   std::vector<std::thread> threads;
+  bool is_bound = false;
+  pthread_t caller{};  // as it was before
+  cpu_set_t before{};
 
   // Returns when `value` is no longer `old`.
   void wait(const std::atomic<int>& value, int old) const {
@@ -59,7 +73,7 @@ struct Pool::Workers {
   }
 };
 
-Pool::Pool(int size, int spin_us) : size_(size), workers_(std::make_unique<Workers>()) {
+Pool::Pool(int size, int spin_us, const std::vector<int>& cpus) : size_(size), workers_(std::make_unique<Workers>()) {
   workers_->spin = std::chrono::microseconds(spin_us);
   for (int thread = 1; thread < size; thread++) {
     workers_->threads.emplace_back([this, thread] {
@@ -71,12 +85,20 @@ Pool::Pool(int size, int spin_us) : size_(size), workers_(std::make_unique<Worke
         barrier();
       }
     });
+    if (!cpus.empty()) run_on(workers_->threads.back().native_handle(), cpus[thread]);
   }
+  if (cpus.empty()) return;
+  workers_->caller = pthread_self();
+  pthread_getaffinity_np(workers_->caller, sizeof(workers_->before), &workers_->before);
+  run_on(workers_->caller, cpus[0]);
+  workers_->is_bound = true;
 }
 
 Pool::~Pool() {
   workers_->start_round(nullptr);
   for (auto& thread : workers_->threads) thread.join();
+  if (workers_->is_bound && pthread_equal(workers_->caller, pthread_self()))
+    pthread_setaffinity_np(workers_->caller, sizeof(workers_->before), &workers_->before);
 }
 
 void Pool::run(const std::function<void(int)>& work) {
