@@ -61,6 +61,10 @@ class BareLoop:
         self._step_id = 0
         self._run(0, prompt_tokens)
 
+    def bind_thread(self) -> None:
+        """As in the agent: see `ModelRunner.bind_thread`."""
+        self._runner.bind_thread()
+
     @property
     def contexts(self) -> range:
         """Tokens that a row can see, in each step of `decode`."""

@@ -78,6 +78,7 @@ class ModelRunner:
         self.dtype = str(card.dtype)
         self.device = str(device)
         self.kernels = kernels.backends()
+        self._kernels = kernels
         self._model = model
         self._device = device
         self._num_layers = card.config.num_hidden_layers
@@ -159,6 +160,14 @@ class ModelRunner:
         phase("time the bare model")
         runner.time_bare_decode()
         return runner
+
+    def bind_thread(self) -> None:
+        """Where threads take every processor, keep the calling one, which runs the steps, on one.
+
+        For a process of its own: `serve` and the bare loop's command have one.
+        """
+        if isinstance(self._kernels, NativeKernels):
+            self._kernels.bind_caller()
 
     def warm_up(self) -> None:
         """Run steps of typical shapes, so that no request pays for what happens only once.

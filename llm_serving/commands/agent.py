@@ -60,7 +60,7 @@ def agent(
 
     def load(phase: Callable[[str], None]) -> ModelRunner:
         phase("read card")
-        return ModelRunner.load(
+        runner = ModelRunner.load(
             _read_card(card),
             device=device,
             max_model_len=max_model_len,
@@ -71,6 +71,8 @@ def agent(
             num_threads=threads,
             phase=phase,
         )
+        runner.bind_thread()
+        return runner
 
     try:
         settings = AgentSettings(

@@ -65,6 +65,7 @@ def bare_loop(
         num_threads=num_threads,
         device=device,
     )
+    loop.bind_thread()
     steps = [step for _ in range(rounds) for step in loop.decode()]
     figures = _figures(loop, steps, rows, num_threads)
     print(msgspec.json.encode(figures).decode() if as_json else _sentence(card, figures))

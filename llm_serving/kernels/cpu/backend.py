@@ -27,7 +27,16 @@ class NativeKernels(ReferenceKernels):
             raise ConfigError(f"the native kernels cannot run here: {reason}")
         self.module: Any = native()
         self.kernels: Any = self.module.kernels(isa)
-        self.pool: Any = self.module.Pool(num_threads, spin_us, _processors(num_threads))
+        self._processors = _processors(num_threads)
+        self.pool: Any = self.module.Pool(num_threads, spin_us, self._processors)
+
+    def bind_caller(self) -> None:
+        """Keep the calling thread, which is the pool's first, on a processor of its own.
+
+        For a process that has nothing else to do: what it starts later inherits that.
+        """
+        if self._processors:
+            os.sched_setaffinity(0, self._processors[:1])
 
     def backends(self) -> dict[str, str]:
         return dict.fromkeys(super().backends(), f"native ({self.kernels.isa})")

@@ -40,9 +40,6 @@ struct Pool::Workers {
   const std::function<void(int)>* work = nullptr;  // null: the end
   std::chrono::microseconds spin{0};
   std::vector<std::thread> threads;
-  bool is_bound = false;
-  pthread_t caller{};  // as it was before
-  cpu_set_t before{};
 
   // Returns when `value` is no longer `old`.
   void wait(const std::atomic<int>& value, int old) const {
@@ -87,18 +84,11 @@ Pool::Pool(int size, int spin_us, const std::vector<int>& cpus) : size_(size), w
     });
     if (!cpus.empty()) run_on(workers_->threads.back().native_handle(), cpus[thread]);
   }
-  if (cpus.empty()) return;
-  workers_->caller = pthread_self();
-  pthread_getaffinity_np(workers_->caller, sizeof(workers_->before), &workers_->before);
-  run_on(workers_->caller, cpus[0]);
-  workers_->is_bound = true;
 }
 
 Pool::~Pool() {
   workers_->start_round(nullptr);
   for (auto& thread : workers_->threads) thread.join();
-  if (workers_->is_bound && pthread_equal(workers_->caller, pthread_self()))
-    pthread_setaffinity_np(workers_->caller, sizeof(workers_->before), &workers_->before);
 }
 
 void Pool::run(const std::function<void(int)>& work) {
