@@ -21,6 +21,8 @@ from llm_serving.master.request import Request
 from llm_serving.master.step import Row, Step
 from llm_serving.master.step_inputs import StepInputBuilder
 from llm_serving.model_card import ModelCard
+from llm_serving.prepare.prepare import prepare
+from llm_serving.prepare.progress import Quiet
 from tests.serving import RunningServer
 
 NUM_NEW = 12
@@ -46,6 +48,11 @@ def texts(tokenizer: Tokenizer) -> list[str]:
         licence[offsets[40 * i][0] : offsets[40 * i + length - 1][1]]
         for i, length in enumerate(LENGTHS)
     ]
+
+
+@pytest.fixture(params=["native", "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +109,11 @@ def check_all_at_once(server: RunningServer, answers: list[Answer]) -> None:
 
 
 def test_alone_all_at_once_and_from_the_prefix_cache(
-    tmp_path: pathlib.Path, answers: list[Answer]
+    tmp_path: pathlib.Path, answers: list[Answer], kernels: str
 ) -> None:
-    server = RunningServer(tmp_path / "log", "--dtype", "float32").wait_ready()
+    server = RunningServer(
+        tmp_path / "log", "--dtype", "float32", "--kernels", kernels
+    ).wait_ready()
     try:
         for answer in answers:
             check(server, answer)
@@ -116,9 +125,17 @@ def test_alone_all_at_once_and_from_the_prefix_cache(
 
 
 def test_all_at_once_in_small_chunks_without_prefix_hits(
-    tmp_path: pathlib.Path, answers: list[Answer]
+    tmp_path: pathlib.Path, answers: list[Answer], kernels: str
 ) -> None:
-    flags = ("--dtype", "float32", "--max-num-batched-tokens", "64", "--no-prefix-caching")
+    flags = (
+        "--dtype",
+        "float32",
+        "--kernels",
+        kernels,
+        "--max-num-batched-tokens",
+        "64",
+        "--no-prefix-caching",
+    )
     server = RunningServer(tmp_path / "log", *flags).wait_ready()
     try:
         check_all_at_once(server, answers)
@@ -128,9 +145,9 @@ def test_all_at_once_in_small_chunks_without_prefix_hits(
 
 
 def test_in_a_pool_so_small_that_requests_are_preempted(
-    tmp_path: pathlib.Path, answers: list[Answer]
+    tmp_path: pathlib.Path, answers: list[Answer], kernels: str
 ) -> None:
-    flags = ("--dtype", "float32", "--num-kv-blocks", "24", "--block-size", "16")
+    flags = ("--dtype", "float32", "--kernels", kernels, "--num-kv-blocks", "24")
     server = RunningServer(tmp_path / "log", *flags, "--max-num-batched-tokens", "64").wait_ready()
     try:
         assert "warning: the KV cache holds 384 tokens" in server.output
@@ -142,13 +159,15 @@ def test_in_a_pool_so_small_that_requests_are_preempted(
 
 
 def test_logits_of_the_real_model_are_the_references(
-    reference: Any, smollm2_card: ModelCard
+    reference: Any, smollm2: pathlib.Path, kernels: str
 ) -> None:
     ids = np.random.default_rng(0).integers(0, 49152, 300).tolist()
     with torch.inference_mode():
         theirs = reference(torch.tensor([ids])).logits[0]
+    weights = "auto" if kernels == "native" else None
+    card = prepare(str(smollm2), "float32", Quiet(), weights)
     runner = ModelRunner.load(
-        smollm2_card,
+        card,
         device="cpu",
         max_model_len=512,
         block_size=16,

@@ -107,13 +107,16 @@ def load_packed(
     kernels: NativeKernels,
     linears: LinearFactory | None = None,
 ) -> LlamaModel:
-    """The model of a packed file; `linears` may make some layers otherwise."""
+    """The model of a packed file; linears of another factory are the caller's to fill."""
     factory = linears or PackedLinears(kernels, file)
     cpu = torch.device("cpu")
     embedding = PackedEmbedding(file, kernels)
     model = LlamaModel(config, factory, kernels, torch.float32, cpu, embedding)
     for name, tensor in model.tensors().items():
-        tensor.copy_(torch.from_numpy(file.vector(name).copy()))
+        if name in file.parts:
+            tensor.copy_(torch.from_numpy(file.vector(name).copy()))
+        elif linears is None:
+            raise ConfigError(f"{file.path} has no {name}; prepare the model again")
     return model
 
 

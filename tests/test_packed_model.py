@@ -1,0 +1,177 @@
+"""A packed model is the reference library's: every family, form of weights and way through it."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from llm_serving.agent.kv_cache import KvCache
+from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.packed_file import PackedFile
+from llm_serving.model_card import ModelCard, Weights
+from llm_serving.models.layers import LinearPart, PlainLinears
+from llm_serving.models.packed import (
+    NativePlan,
+    NativeSteps,
+    PackedLinears,
+    load_packed,
+)
+from llm_serving.models.rope import rotary_table
+from llm_serving.prepare.hf_rows import HfRows
+from llm_serving.prepare.packing import pack_model
+from llm_serving.prepare.progress import Quiet
+from tests.tiny_models import CONTEXT, CPU, Twin, build_twin
+
+BLOCK_SIZE, NUM_BLOCKS = 16, 12
+SIZES = {"hidden_size": 48, "intermediate_size": 96}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "tied": {"tie_word_embeddings": True},
+    "biased": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {},
+}
+ATOL = {"float32": 1e-4, "bfloat16": 0.5, "int8": 2.0}
+
+
+def pack(twin: Twin, weights: Weights, folder: pathlib.Path) -> PackedFile:
+    path = folder / f"{weights}.packed"
+    shards = [pathlib.Path(shard) for shard in twin.card.weights]
+    pack_model(HfRows(shards), twin.card.config, weights, path, Quiet())
+    return PackedFile(path)
+
+
+class Runner:
+    """One sequence over a cache that is full of NaN, in blocks in scrambled order."""
+
+    def __init__(
+        self,
+        card: ModelCard,
+        file: PackedFile,
+        *,
+        dtype: torch.dtype = torch.float32,
+        unpacked: str = "no layer",
+        num_threads: int = 2,
+        isa: str = "auto",
+    ) -> None:
+        kernels = NativeKernels(num_threads, isa)
+        packed, plain = PackedLinears(kernels, file), PlainLinears(kernels, torch.float32, CPU)
+
+        def linears(name: str, k: int, n: int, parts: Sequence[LinearPart]) -> Any:
+            return (plain if unpacked in name else packed)(name, k, n, parts)
+
+        self.model = load_packed(file, card.config, kernels, linears)
+        cache = KvCache(card.config, NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
+        cache.tensor.fill_(torch.nan)
+        table = rotary_table(card.config, CONTEXT, CPU)
+        self.plan = NativePlan(self.model, card.config, kernels, table, cache.layers, BLOCK_SIZE)
+        self.model.plan = self.plan
+        self._steps = NativeSteps(kernels, self.plan, table, cache.layers, BLOCK_SIZE)
+        self._blocks = np.random.default_rng(1).permutation(NUM_BLOCKS).astype(np.int32)
+        self._num_layers = card.config.num_hidden_layers
+
+    def logits(self, ids: Sequence[int], chunks: Sequence[int]) -> torch.Tensor:
+        """Of every position, computed `chunks[i]` tokens at a time."""
+        found, start = [], 0
+        for count in chunks:
+            positions = np.arange(start, start + count, dtype=np.int32)
+            slots = self._blocks[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            step = self._steps.build(
+                positions,
+                slots.astype(np.int32),
+                np.array([0, count], np.int32),
+                np.array([start + count], np.int32),
+                self._blocks[None],
+            )
+            hidden = self.model.embed(torch.tensor(ids[start : start + count]))
+            hidden = self.model.run_layers(hidden, step, 0, self._num_layers)
+            found.append(self.model.logits(hidden))
+            start += count
+        return torch.cat(found)
+
+
+IDS = np.random.default_rng(0).integers(0, 97, 70).tolist()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    family = request.param if request.param in ("qwen2", "qwen3") else "llama"
+    folder = tmp_path_factory.mktemp(request.param)
+    settings = {**SIZES, **FAMILIES[request.param]}
+    return build_twin(folder, family, **settings)
+
+
+@pytest.mark.parametrize("weights", ATOL)
+def test_logits_are_the_reference_librarys(
+    twin: Twin, weights: Weights, tmp_path: pathlib.Path
+) -> None:
+    runner = Runner(twin.card, pack(twin, weights, tmp_path))
+    torch.testing.assert_close(
+        runner.logits(IDS, [70]), twin.logits(IDS), atol=ATOL[weights], rtol=0
+    )
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", ATOL)
+def test_chunks_and_threads_do_not_change_a_bit(
+    twin: Twin, weights: Weights, dtype: torch.dtype, isa: str, tmp_path: pathlib.Path
+) -> None:
+    file = pack(twin, weights, tmp_path)
+    if isa not in NativeKernels(1).module.supported():
+        pytest.skip(f"this processor has no {isa}")
+    whole = Runner(twin.card, file, dtype=dtype, isa=isa).logits(IDS, [70])
+    chunks = Runner(twin.card, file, dtype=dtype, isa=isa).logits(IDS, [1, 2, 13, 1, 31, 15, 7])
+    alone = Runner(twin.card, file, dtype=dtype, isa=isa, num_threads=1)
+    assert whole.isfinite().all()
+    assert torch.equal(whole, chunks)
+    assert torch.equal(whole, alone.logits(IDS, [3, 1] * 17 + [2]))
+
+
+@pytest.mark.parametrize("unpacked", ["layers.1.mlp.down", "layers.0.self_attn.qkv", "lm_head"])
+def test_a_layer_with_another_linear_runs_operation_by_operation(
+    twin: Twin, unpacked: str, tmp_path: pathlib.Path
+) -> None:
+    runner = Runner(twin.card, pack(twin, "float32", tmp_path), unpacked=unpacked)
+    fill_plain(runner, twin)
+    planned = [runner.plan.covers(i, 3) for i in range(3)]
+    expected = {"layers.1.mlp.down": [1, 0, 1], "layers.0.self_attn.qkv": [0, 2, 1]}
+    assert planned == expected.get(unpacked, [3, 2, 1])
+    assert runner.plan.has_head == (unpacked != "lm_head")
+    torch.testing.assert_close(runner.logits(IDS, [5, 1, 64]), twin.logits(IDS), atol=1e-4, rtol=0)
+
+
+def fill_plain(runner: Runner, twin: Twin) -> None:
+    weights = twin.reference.state_dict()
+    for name, tensor in runner.model.tensors().items():
+        tensor.copy_(weights[name])
+
+
+def test_a_file_of_another_layout_or_cut_short_is_a_sentence(
+    twin: Twin, tmp_path: pathlib.Path
+) -> None:
+    file = pack(twin, "bfloat16", tmp_path)
+    whole = file.path.read_bytes()
+    file.path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"bfloat16.packed is truncated; prepare the model again"):
+        PackedFile(file.path)
+    file.path.write_bytes(whole.replace(b'"layout":1', b'"layout":7', 1))
+    with pytest.raises(ConfigError, match="has layout 7, this release reads 1; prepare"):
+        PackedFile(file.path)
+    file.path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="cannot read the packed weights"):
+        PackedFile(file.path)
+
+
+def test_a_file_of_another_model_is_a_sentence(twin: Twin, tmp_path: pathlib.Path) -> None:
+    file = pack(twin, "bfloat16", tmp_path)
+    other = msgspec.structs.replace(twin.card.config, intermediate_size=160)
+    with pytest.raises(ConfigError, match=r"mlp.gate_up_proj has shape \[192, 48\], the config"):
+        load_packed(file, other, NativeKernels(1))
