@@ -72,7 +72,7 @@ def random_weight(format: str, shape: tuple[int, int], noise: np.ndarray) -> Any
     kind = getattr(_native.Format, format)
     data = aligned(_native.packed_bytes(kind, *shape))
     data[:] = np.resize(noise, len(data))
-    return Any(kind, *shape, data)
+    return _native.PackedWeight(kind, *shape, data)
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, PREFILL])
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    kernels, pool = _native.kernels(options.isa), Any(options.threads)
+    kernels, pool = _native.kernels(options.isa), _native.Pool(options.threads)
     num_layers, hidden, qkv, intermediate, vocabulary = MODELS[options.model]
     shapes = num_layers * [
         (qkv, hidden),

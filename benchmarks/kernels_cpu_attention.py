@@ -120,7 +120,7 @@ def main() -> None:
     parts = ["decode", "prefill", "write", "sampling"]
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     options = parser.parse_args()
-    bench = Bench(_native.kernels(options.isa), Any(options.threads), options.repeats)
+    bench = Bench(_native.kernels(options.isa), _native.Pool(options.threads), options.repeats)
     print(f"{bench.kernels.isa}, {options.threads} threads\n{bench.limits}")
     for dtype in ("bf16", "f32"):
         if "decode" in options.only:

@@ -64,8 +64,11 @@ class Runner:
         kernels = NativeKernels(num_threads, isa)
         packed, plain = PackedLinears(kernels, file), PlainLinears(kernels, torch.float32, CPU)
 
-        def linears(name: str, k: int, n: int, parts: Sequence[LinearPart]) -> Any:
-            return (plain if unpacked in name else packed)(name, k, n, parts)
+        def linears(
+            name: str, in_features: int, out_features: int, parts: Sequence[LinearPart]
+        ) -> Any:
+            make = plain if unpacked in name else packed
+            return make(name, in_features, out_features, parts)
 
         self.model = load_packed(file, card.config, kernels, linears)
         cache = KvCache(card.config, NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
