@@ -421,3 +421,27 @@ def test_the_json_of_a_card_is_one_line(
 ) -> None:
     assert main(["prepare", str(folder), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["architecture"] == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"),
+    [([], "auto"), (["--weights", "int8"], "int8"), (["--kernels", "reference"], None)],
+)
+def test_the_command_prepares_what_serve_with_the_same_flags_looks_for(
+    gguf: pathlib.Path, flags: list[str], weights: str | None
+) -> None:
+    assert main(["prepare", str(gguf), *flags]) == 0
+    card = find_prepared(str(gguf), "auto", weights)
+    assert card is not None
+    assert (card.packed is None) == (weights is None)
+    others = {"auto", "int8", None} - {weights}
+    assert [find_prepared(str(gguf), "auto", other) for other in others] == [None, None]
+
+
+def test_weights_that_reference_kernels_do_not_have_are_refused(
+    gguf: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prepare", str(gguf), "--weights", "int8", "--kernels", "reference"]) == 1
+    assert "model.weights: int8 needs the native kernels, but agent.kernels is reference" in (
+        capsys.readouterr().err
+    )

@@ -15,6 +15,7 @@ import typer
 
 from llm_serving.agent.bare_loop import BareLoop, BareStep
 from llm_serving.agent.processors import num_processors
+from llm_serving.commands.kernels_choice import packed_as_served
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import end_with_parent
 from llm_serving.diagnostics.breakdown.observation import BareFigures
@@ -38,9 +39,8 @@ def bare_loop(
         str | None, typer.Option(help="instead of MODEL: what /info of a server calls so")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    weights: Annotated[
-        str | None, typer.Option(help="as `serve --weights`; not given: for the reference kernels")
-    ] = None,
+    weights: Annotated[str, typer.Option(help="as `serve --weights`")] = "auto",
+    kernels: Annotated[str, typer.Option(help="as `serve --kernels`")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="sequences side by side")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
@@ -55,7 +55,7 @@ def bare_loop(
     """Time decode steps of a prepared model with nothing around them."""
     if parent is not None:
         end_with_parent(signal.SIGKILL, parent)
-    card = _by_name(model, dtype, weights) if prepared is None else _by_key(prepared)
+    card = _by_name(model, dtype, weights, kernels) if prepared is None else _by_key(prepared)
     num_threads = threads or num_processors(pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup"))
     loop = BareLoop(
         card,
@@ -87,10 +87,10 @@ def _sentence(card: ModelCard, figures: BareFigures) -> str:
     )
 
 
-def _by_name(model: str, dtype: str, weights: str | None) -> ModelCard:
-    card = find_prepared(model, dtype, weights)
+def _by_name(model: str, dtype: str, weights: str, kernels: str) -> ModelCard:
+    card = find_prepared(model, dtype, packed_as_served(dtype, weights, kernels))
     if card is None:
-        flags = f"--dtype {dtype}" + (f" --weights {weights}" if weights else "")
+        flags = f"--dtype {dtype} --weights {weights} --kernels {kernels}"
         raise ConfigError(f"{model} is not prepared so: llm-serving prepare {model} {flags}")
     return card
 

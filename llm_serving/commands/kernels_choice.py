@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pathlib
 
-from llm_serving.config import ServingConfig
+from llm_serving.config import ServingConfig, load_config
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.layout import TILE
 from llm_serving.kernels.cpu.native import why_not
 
-__all__ = ["packed_weights"]
+__all__ = ["packed_as_served", "packed_weights"]
 
 _GPU = pathlib.Path("/dev/nvidiactl")
 
@@ -28,6 +28,12 @@ def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     if model.weights != "auto":
         raise ConfigError(f"model.weights: {model.weights} needs the native kernels, but {reason}")
     return None, reason
+
+
+def packed_as_served(dtype: str, weights: str, kernels: str) -> str | None:
+    """What `serve` with these flags would have the model packed as."""
+    given = {"model.dtype": dtype, "model.weights": weights, "agent.kernels": kernels}
+    return packed_weights(load_config(None, given))[0]
 
 
 def _why_not_native(config: ServingConfig) -> str:

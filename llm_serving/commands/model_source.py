@@ -62,8 +62,7 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
 
 def _prepare(model: ModelSection, weights: str | None) -> ModelCard:
     flags = ["--dtype", model.dtype, "--json", "--parent", str(os.getpid())]
-    if weights is not None:
-        flags += ["--weights", weights]
+    flags += ["--kernels", "reference"] if weights is None else ["--weights", weights]
     child = subprocess.Popen([*program(), "prepare", model.path, *flags], stdout=subprocess.PIPE)
     try:
         output, _ = child.communicate()

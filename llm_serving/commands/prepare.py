@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from llm_serving.commands.console import ConsoleProgress
+from llm_serving.commands.kernels_choice import packed_as_served
 from llm_serving.commands.options import run_command
 from llm_serving.commands.unwinding import end_with_parent, unwind_on_sigterm
 from llm_serving.errors import ConfigError
@@ -41,14 +42,8 @@ def prepare(
             "float32",
         ),
     ] = "auto",
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            help="for the native kernels: float32, bfloat16, int8, native (a GGUF file's own "
-            "blocks) or auto (what the file has; float32 with --dtype float32); not given: for "
-            "the reference kernels",
-        ),
-    ] = None,
+    weights: Annotated[str, typer.Option(help="as `serve --weights`")] = "auto",
+    kernels: Annotated[str, typer.Option(help="as `serve --kernels`")] = "auto",
     parent: Annotated[
         int | None, typer.Option(hidden=True, help="the process without which this one is useless")
     ] = None,
@@ -66,7 +61,7 @@ def prepare(
         end_with_parent(signal.SIGTERM, parent)
     try:
         with ConsoleProgress() as progress:
-            card = convert(model, dtype, progress, weights)
+            card = convert(model, dtype, progress, packed_as_served(dtype, weights, kernels))
     except ConfigError as exc:
         if not json:
             raise
