@@ -11,7 +11,6 @@ The aim is under 1 % of a decode step of one row, the shortest step that there i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import statistics
 import sys
@@ -104,7 +103,7 @@ class RequestStages:
 def _result(num_rows: int) -> StepResult:
     times = StepTimes(*(START_NS + i * 500_000 for i in range(6)))
     transfer = TransferTimes(*(START_NS + i * 50_000 for i in range(4)))
-    return dataclasses.replace(result_of(1, [0] * num_rows), times=times, transfer=transfer)
+    return msgspec.structs.replace(result_of(1, [0] * num_rows), times=times, transfer=transfer)
 
 
 def microseconds(work: Callable[[], None]) -> float:

@@ -8,27 +8,26 @@ A step crosses as flat arrays, row after row, and comes back as one entry per sa
     sources             [ -1           -1                    2 ]   <- sampling row of the last step
     logit_positions     [ 0                                  4 ]   <- b's chunk ends before its end
 
-The names of the fields are the names of the tensors on the wire.
+`step_packing` makes one array of it, for the wire.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from llm_serving.protocol import StepTimes
 
-__all__ = ["StepInputs", "StepResult", "TransferTimes"]
+__all__ = ["Floats", "Ints", "StepInputs", "StepResult", "TransferTimes"]
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True)
-class StepInputs:
+class StepInputs(msgspec.Struct, frozen=True, gc=False):
     """Everything an agent needs for one step, so that it has to remember nothing."""
 
     step_id: int
@@ -51,8 +50,7 @@ class StepInputs:
     wanted_logits: Ints  # [num_wanted] the samples whose logits come back, see StepResult
 
 
-@dataclass(frozen=True, slots=True)
-class TransferTimes:
+class TransferTimes(msgspec.Struct, frozen=True, gc=False):
     """What the worker has spent on a step: when each part began, CLOCK_MONOTONIC nanoseconds."""
 
     shm_write: int = 0
@@ -61,8 +59,7 @@ class TransferTimes:
     shm_read: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, gc=False):
     step_id: int
     agent_epoch: int
     token_ids: Ints  # [num_samples]
@@ -76,6 +73,8 @@ class StepResult:
 
     def has_size(self, num_samples: int) -> bool:
         """Whether every column has an entry for each sample."""
-        columns = (self.token_ids, self.logprobs, self.top_ids, self.finite)
-        same_width = self.top_ids.shape == self.top_logprobs.shape
-        return same_width and all(len(column) == num_samples for column in columns)
+        return (
+            len(self.token_ids) == len(self.logprobs) == len(self.finite) == num_samples
+            and len(self.top_ids) == num_samples
+            and self.top_ids.shape == self.top_logprobs.shape
+        )

@@ -7,10 +7,11 @@ import contextlib
 import json
 import pathlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import uvicorn
 from fastapi import FastAPI
@@ -72,7 +73,7 @@ class AlternativesWorker(FakeWorker):
             return outcome
         ids = np.stack([outcome.token_ids, (outcome.token_ids + 1) % 50], axis=1)
         logprobs = np.broadcast_to(np.array([-0.5, -1.5], np.float32), ids.shape)
-        return replace(outcome, top_ids=ids, top_logprobs=logprobs)
+        return msgspec.structs.replace(outcome, top_ids=ids, top_logprobs=logprobs)
 
 
 class RawCall:

@@ -7,9 +7,9 @@ import json
 import pathlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -380,7 +380,7 @@ class NanWorker(FakeWorker):
     def _outcome(self, inputs: StepInputs, fault: Exception | str | None) -> StepResult | Exception:
         outcome = super()._outcome(inputs, fault)
         assert isinstance(outcome, StepResult)
-        return replace(outcome, finite=np.zeros_like(outcome.finite))
+        return msgspec.structs.replace(outcome, finite=np.zeros_like(outcome.finite))
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -124,7 +124,7 @@ def test_rows_that_ask_for_nothing_are_not_touched_whatever_their_sources() -> N
 
 def test_a_source_belongs_to_the_row_and_not_to_the_sample() -> None:
     shy = SamplingParams(presence_penalty=1.0)
-    inputs = dataclasses.replace(
+    inputs = msgspec.structs.replace(
         step([shy], [([5], [])]),
         query_starts=np.array([0, 3, 4], np.int32),  # a prompt chunk that does not sample first
         positions=np.array([0, 1, 2, 1], np.int32),

@@ -99,7 +99,7 @@ def make_step(step_id: int, rows: Sequence[Row]) -> StepInputs:
 
 def replaced(inputs: StepInputs, **values: Any) -> StepInputs:
     arrays: dict[str, Any] = {name: np.array(values[name], np.int32) for name in values}
-    return dataclasses.replace(inputs, **arrays)
+    return msgspec.structs.replace(inputs, **arrays)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -275,7 +275,7 @@ def test_arrays_that_point_outside_are_refused_before_anything_follows_them(
 @pytest.mark.parametrize(("name", "limit"), [("bias_rows", 1), ("bias_ids", VOCAB_SIZE)])
 def test_a_bias_outside_the_logits_is_refused(runner: ModelRunner, name: str, limit: int) -> None:
     inputs = replaced(make_step(0, [Row([1], 0, [0])]), bias_rows=[0], bias_ids=[0])
-    inputs = dataclasses.replace(inputs, bias_values=np.ones(1, np.float32))
+    inputs = msgspec.structs.replace(inputs, bias_values=np.ones(1, np.float32))
     runner.execute(inputs, no_tick)
     with pytest.raises(ChannelError, match=f"{name} must lie in 0 .. {limit - 1}"):
         runner.execute(replaced(inputs, **{name: [limit]}), no_tick)

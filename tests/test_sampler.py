@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ from llm_serving.agent.scratch import Scratch
 from llm_serving.errors import ChannelError
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_packing import INPUT_NAMES
 
 torch.set_num_threads(1)
 
@@ -58,8 +60,8 @@ def step(
         bias_values=np.array([b[2] for b in biases], np.float32),
         wanted_logits=np.empty(0, np.int32),
     )
-    for field in dataclasses.fields(inputs)[1:]:
-        getattr(inputs, field.name).flags.writeable = False
+    for name in INPUT_NAMES:
+        getattr(inputs, name).flags.writeable = False
     return inputs
 
 
@@ -217,7 +219,7 @@ def test_seed_position_and_sample_index_each_give_another_draw() -> None:
 def test_the_position_is_that_of_the_drawn_token_also_after_a_prompt_chunk() -> None:
     logits = noise(1, 5000, scale=0.1)
     alone = sample(logits, WARM, positions=[4])
-    chunk = dataclasses.replace(
+    chunk = msgspec.structs.replace(
         step([WARM]),
         positions=np.array([8, 1, 2, 3], np.int32),
         query_starts=np.array([0, 1, 4], np.int32),
@@ -285,7 +287,7 @@ def test_a_row_with_an_id_in_flight_is_penalised_for_it() -> None:
     logits = torch.tensor([[0.0, 5.0, 4.0, 3.5]]).expand(2, 4)
     shy = SamplingParams(presence_penalty=2.0)
     inputs = step([shy, shy], histories=[([3], [2]), ([3], [2])])
-    inputs = dataclasses.replace(inputs, sources=np.array([4, -1], np.int32))
+    inputs = msgspec.structs.replace(inputs, sources=np.array([4, -1], np.int32))
     last_ids = np.array([0, 0, 0, 0, 1], np.int32)
     assert Sampler(4, 2).sample(logits.clone(), inputs, last_ids).token_ids.tolist() == [3, 1]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import msgspec
@@ -27,12 +27,19 @@ from llm_serving.protocol import (
     Execute,
     Executed,
     Failed,
+    InputSizes,
     Ping,
     Pong,
     Reply,
     Stop,
 )
 from llm_serving.step_arrays import StepInputs, StepResult
+from llm_serving.step_packing import (
+    INPUT_NAMES,
+    pack_result,
+    unpack_inputs,
+    unpack_result,
+)
 from llm_serving.transport.arena import Arena, TensorRef
 from llm_serving.transport.blocking import BlockingChannel
 from llm_serving.transport.step_counter import StepCounter
@@ -45,7 +52,7 @@ REPLIES: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 LIMITS = StepLimits(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, block_size=16)
 TIMEOUT_S = 30.0
 EPOCH = 3
-FIELDS = [field.name for field in fields(StepInputs) if field.name != "step_id"]
+FIELDS = INPUT_NAMES
 RECORD_BYTES = SAMPLING_DTYPE.itemsize
 
 
@@ -99,7 +106,7 @@ class Master:
     def send(self, inputs: StepInputs) -> int:
         slot = self.inputs.begin()
         assert slot is not None
-        self.channel.send(Execute(inputs.step_id, write_inputs(self.inputs, slot, inputs)))
+        self.channel.send(Execute(inputs.step_id, *write_inputs(self.inputs, slot, inputs)))
         return slot
 
     def recv(self) -> Reply:
@@ -192,15 +199,19 @@ int32s = st.lists(st.integers(-(2**31), 2**31 - 1), max_size=8)
 def test_any_arrays_arrive_as_they_left(values: dict[str, list[int]], records: list[bytes]) -> None:
     given: dict[str, Any] = {name: np.array(numbers, np.int32) for name, numbers in values.items()}
     given["bias_values"] = given["bias_values"].view(np.float32)
-    given["block_tables"] = given["block_tables"].reshape(1, -1)
+    given["block_tables"] = given["block_tables"].reshape(len(given["block_tables"]), 1)
     given["sampling"] = np.frombuffer(b"".join(records), SAMPLING_DTYPE)
     arena = Arena.create(1, LIMITS.input_bytes, writes=True)
     try:
         slot = arena.begin()
         assert slot is not None
-        tensors = write_inputs(arena, slot, StepInputs(1, **given))
+        sizes, words = write_inputs(arena, slot, StepInputs(1, **given))
+        seen = unpack_inputs(1, sizes, arena.read(words))
         for name in FIELDS:
-            assert arena.read(tensors[name]).tobytes() == given[name].tobytes(), name
+            found = getattr(seen, name)
+            assert found.dtype == given[name].dtype, name
+            assert found.tobytes() == given[name].tobytes(), name
+        assert seen.block_tables.ndim == 2
     finally:
         arena.close()
 
@@ -238,25 +249,55 @@ def test_the_first_step_of_an_agent_cannot_take_samples(master: Master) -> None:
     assert "needs the samples of 0" in reply.message
 
 
-@pytest.mark.parametrize("change", ["less", "more", "other kind", "lie"])
-def test_a_step_that_is_not_whole_fails_alone(master: Master, change: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ("an array less", "17 arrays"),
+        ("an array more", "17 arrays"),
+        ("a longer array", "17 arrays"),
+        ("a negative size", "17 arrays"),
+        ("another width", "cannot reshape"),
+        ("no width", "cannot reshape"),
+        ("half a record", "divisor"),
+        ("another dtype", "17 arrays"),
+        ("two dimensions", "17 arrays"),
+        ("a stale place", "stale"),
+    ],
+)
+def test_a_step_that_is_not_whole_fails_alone(master: Master, change: str, match: str) -> None:
     master.attach()
     slot = master.inputs.begin()
     assert slot is not None
-    tensors = write_inputs(master.inputs, slot, step(1, 1))
-    ref = tensors["positions"]
-    if change == "less":
-        del tensors["positions"]
-    elif change == "more":
-        tensors["masks"] = ref
-    elif change == "other kind":
-        tensors["positions"] = msgspec.structs.replace(ref, dtype="float32")
+    sizes, words = write_inputs(master.inputs, slot, step(1, 1))
+    each = list(sizes.words)
+    at = {name: i for i, name in enumerate(INPUT_NAMES)}
+    width, place = sizes.table_width, words
+    if change == "an array less":
+        each[-2:] = [sum(each[-2:])]
+    elif change == "an array more":
+        each.append(0)
+    elif change == "a longer array":
+        each[0] += 1
+    elif change == "a negative size":
+        each[0], each[1] = each[0] + each[1] + 1, -1
+    elif change == "another width":
+        width = 5
+    elif change == "no width":
+        width = 0
+    elif change == "half a record":
+        each[at["sampling"]] -= 1
+        each[at["history_starts"]] += 1
+    elif change == "another dtype":
+        place = msgspec.structs.replace(words, dtype="float32")
+    elif change == "two dimensions":
+        place = msgspec.structs.replace(words, shape=(words.shape[0], 1))
     else:
-        tensors["positions"] = TensorRef(1, 1, 0, "int32", (1,))
-    master.channel.send(Execute(1, tensors))
+        place = TensorRef(1, 1, 0, "int32", words.shape)
+    master.channel.send(Execute(1, InputSizes(tuple(each), width), place))
     reply = master.recv()
     assert isinstance(reply, Failed)
     assert reply.code == "channel"
+    assert re.search(match, reply.message), reply.message
     master.inputs.release(slot)
     assert master.run(step(2, 1)).token_ids.tolist() == [2]
 
@@ -292,9 +333,46 @@ def test_a_result_that_is_not_whole_is_refused(master: Master) -> None:
     master.send(step(1, 1))
     reply = master.recv()
     assert isinstance(reply, Executed)
-    tensors = {name: ref for name, ref in reply.tensors.items() if name != "finite"}
-    with pytest.raises(ChannelError, match="a result has the columns"):
-        read_result(master.results, msgspec.structs.replace(reply, tensors=tensors))
+    for lie in ({"num_samples": 2}, {"num_samples": -1, "num_top": -1}, {"num_logits": 1}):
+        sizes = msgspec.structs.replace(reply.sizes, **lie)
+        with pytest.raises(ChannelError, match="a result of"):
+            read_result(master.results, msgspec.structs.replace(reply, sizes=sizes))
+    floats = msgspec.structs.replace(reply.words, dtype="float32")
+    with pytest.raises(ChannelError, match="a result of float32"):
+        read_result(master.results, msgspec.structs.replace(reply, words=floats))
+
+
+@pytest.mark.parametrize(
+    ("column", "array", "match"),
+    [
+        ("logprobs", np.zeros(3, np.float32), "shapes"),
+        ("finite", np.ones(2, np.int32), "finite: an array of int32 cannot travel"),
+        ("top_ids", np.zeros((2, 1), np.int32), "shapes"),
+        ("logits", np.zeros(8, np.float32), "shapes"),
+        ("logits", np.zeros((1, 8), np.float64), "logits: an array of float64"),
+    ],
+)
+def test_columns_that_do_not_fit_together_do_not_travel(
+    column: str, array: np.ndarray, match: str
+) -> None:
+    none = np.zeros((2, 0), np.int32)
+    given: dict[str, Any] = {
+        "token_ids": np.array([7, 8], np.int32),
+        "logprobs": np.array([-1, -2], np.float32),
+        "top_ids": none,
+        "top_logprobs": none.astype(np.float32),
+        "finite": np.array([True, False]),
+        "logits": np.zeros((0, 8), np.float32),
+        "forward_ns": 0,
+        "sample_ns": 0,
+        "sampled_ns": 0,
+    }
+    sizes, rows = pack_result(Columns(**given))
+    seen = unpack_result(sizes, np.concatenate(rows))
+    assert [a.tolist() for a in seen[:2]] == [[7, 8], [-1, -2]]
+    assert seen[4].tolist() == [True, False]
+    with pytest.raises(ChannelError, match=match):
+        pack_result(Columns(**{**given, column: array}))
 
 
 @pytest.mark.parametrize("num_bytes", [0, KEY_BYTES - 1])

@@ -44,17 +44,16 @@ def check_step(inputs: StepInputs, limits: StepLimits) -> None:
 
 def _check_rows(inputs: StepInputs, limits: StepLimits) -> None:
     starts, contexts, tables = inputs.query_starts, inputs.context_lens, inputs.block_tables
-    counts = np.diff(starts)
-    if starts[0] != 0 or starts[-1] != len(inputs.input_ids) or (counts < 1).any():
+    counts = starts[1:] - starts[:-1]
+    if starts[0] != 0 or starts[-1] != len(inputs.input_ids) or counts.min(initial=1) < 1:
         raise ChannelError("query_starts must rise from 0 to the number of tokens")
     if (contexts < counts).any():
         raise ChannelError("context_lens: a row's context is shorter than its own tokens")
     num_blocks = -(-contexts // limits.block_size)
     if tables.ndim != 2 or num_blocks.max(initial=0) > tables.shape[1]:
         raise ChannelError("block_tables: a row's context is longer than its blocks")
-    is_used = np.arange(tables.shape[1]) < num_blocks[:, None]
-    if ((tables < 0) | (tables >= limits.num_blocks))[is_used].any():
-        raise _out_of_range("block_tables", tables[is_used], limits.num_blocks)
+    used = tables[np.arange(tables.shape[1]) < num_blocks[:, None]]
+    _check_range("block_tables", used, limits.num_blocks)
 
 
 def _check_samples(inputs: StepInputs, limits: StepLimits) -> None:
@@ -64,7 +63,7 @@ def _check_samples(inputs: StepInputs, limits: StepLimits) -> None:
     _check_length("history_starts", inputs.history_starts, num_samples + 1)
     _check_length("history_prompt_lens", inputs.history_prompt_lens, num_samples)
     starts = inputs.history_starts
-    if starts[0] != 0 or starts[-1] != len(inputs.history_ids) or (np.diff(starts) < 0).any():
+    if starts[0] != 0 or starts[-1] != len(inputs.history_ids) or (starts[1:] < starts[:-1]).any():
         raise ChannelError("history_starts must rise from 0 to the number of history_ids")
     _check_range("history_ids", inputs.history_ids, limits.vocab_size)
     _check_length("bias_ids", inputs.bias_ids, num_biases)
@@ -80,7 +79,7 @@ def _check_length(name: str, array: Numbers, right: int) -> None:
 
 
 def _check_range(name: str, array: Ints, limit: int) -> None:
-    if len(array) and (array.min() < 0 or array.max() >= limit):
+    if len(array) and array.view(np.uint32).max() >= limit:  # what is below 0 is above 2**31
         raise _out_of_range(name, array, limit)
 
 

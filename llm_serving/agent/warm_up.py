@@ -10,8 +10,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from llm_serving.agent.step_check import StepLimits
@@ -78,7 +78,7 @@ def _decode_step(limits: StepLimits, num_rows: int, context: int) -> StepInputs:
     step = _step(limits, num_rows, 1, SamplingParams())
     last = np.full(num_rows, context - 1, np.int32)
     blocks = np.arange(-(-context // limits.block_size), dtype=np.int32)
-    return replace(
+    return msgspec.structs.replace(
         step,
         positions=last,
         slots=last,

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 from llm_serving.errors import ChannelError, ServingError
-from llm_serving.generation import SAMPLING_DTYPE
 from llm_serving.protocol import (
     Attach,
     Command,
@@ -29,36 +25,22 @@ from llm_serving.protocol import (
     Ping,
     Pong,
     Reply,
+    ResultSizes,
     StepTimes,
     Stop,
 )
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_packing import ResultColumns, pack_result, unpack_inputs
 from llm_serving.transport.arena import Arena, TensorRef
 from llm_serving.transport.blocking import BlockingChannel
 from llm_serving.transport.step_counter import StepCounter
 
 __all__ = ["Columns", "Runner", "WorkAgent", "failed"]
 
-_COLUMNS = ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite", "logits")
-_DTYPES = {field.name: "int32" for field in fields(StepInputs) if field.name != "step_id"}
-_DTYPES |= {"sampling": "uint8", "bias_values": "float32"}  # a record travels as its bytes
 
-
-class Columns(Protocol):
+class Columns(ResultColumns, Protocol):
     """What a step gives: the columns of `StepResult`, and when its parts began or ended."""
 
-    @property
-    def token_ids(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def logprobs(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def top_ids(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def top_logprobs(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def finite(self) -> npt.NDArray[np.bool_]: ...
-    @property
-    def logits(self) -> npt.NDArray[np.float32]: ...
     @property
     def forward_ns(self) -> int: ...
     @property
@@ -120,7 +102,7 @@ class WorkAgent:
             inputs = memory.read(command)
             self._check_sources(inputs)
             columns = self._runner.execute(inputs, counter.tick)
-            tensors = memory.write(columns)
+            sizes, words = memory.write(columns)
         except Exception as exc:  # the outermost loop: a step may fail in any way
             return msgspec.structs.replace(
                 failed(exc, command.step_id), times=self._peer_times(waiting_ns)
@@ -136,7 +118,7 @@ class WorkAgent:
             columns.sample_ns,
             columns.sampled_ns,
         )
-        return Executed(command.step_id, self._agent_epoch, times, tensors)
+        return Executed(command.step_id, self._agent_epoch, times, sizes, words)
 
     def _check_sources(self, inputs: StepInputs) -> None:
         wanted = inputs.step_id - 1
@@ -157,19 +139,15 @@ class _Memory:
 
     def read(self, command: Execute) -> StepInputs:
         """Views, valid until the step is answered: then the master may use the slot again."""
-        if {name: ref.dtype for name, ref in command.tensors.items()} != _DTYPES:
-            raise _wrong_tensors(command.tensors)
-        arrays = self._inputs.read_all(command.tensors)
-        arrays["sampling"] = arrays["sampling"].view(SAMPLING_DTYPE)
-        return StepInputs(command.step_id, **arrays)
+        return unpack_inputs(command.step_id, command.sizes, self._inputs.read(command.words))
 
-    def write(self, columns: Columns) -> dict[str, TensorRef]:
+    def write(self, columns: Columns) -> tuple[ResultSizes, TensorRef]:
+        sizes, words = pack_result(columns)
         slot = self._results.begin()
         if slot is None:
             raise ChannelError("the master has not read the results of the steps before")
         try:
-            arrays = {name: getattr(columns, name) for name in _COLUMNS}
-            return self._results.write_all(slot, arrays)
+            return sizes, self._results.write_joined(slot, words)
         except ChannelError:
             self._results.release(slot)
             raise
@@ -181,12 +159,3 @@ def failed(exc: Exception, step_id: int = -1) -> Failed:
         return Failed(step_id, exc.code, str(exc))
     traceback.print_exception(exc)
     return Failed(step_id, ServingError.code, f"{type(exc).__name__}: {exc}")
-
-
-def _wrong_tensors(tensors: Mapping[str, TensorRef]) -> ChannelError:
-    if strange := ", ".join(sorted(tensors.keys() ^ _DTYPES.keys())):
-        return ChannelError(f"a step lacks these arrays, or does not know them: {strange}")
-    wrong = [
-        f"{n} as {r.dtype}, not {_DTYPES[n]}" for n, r in tensors.items() if r.dtype != _DTYPES[n]
-    ]
-    return ChannelError(f"a step came with {', '.join(wrong)}")

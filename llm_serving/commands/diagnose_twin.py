@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,6 +27,7 @@ from llm_serving.errors import AgentDied
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.protocol import Command, Ready, Reply
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_packing import INPUT_NAMES
 from llm_serving.testing import FakeAgent
 from llm_serving.transport.address import parse_address
 from llm_serving.transport.blocking import BlockingChannel
@@ -107,7 +108,7 @@ def twin_step(step_id: int) -> StepInputs:
         "history_prompt_lens": zero,
         "bias_values": np.empty(0, np.float32),
     }
-    for name in {f.name for f in fields(StepInputs)} - {"step_id", *given}:
+    for name in set(INPUT_NAMES) - given.keys():
         given[name] = np.empty(0, np.int32)
     return StepInputs(step_id, **given)
 

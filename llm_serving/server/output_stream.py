@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from llm_serving.errors import ServingError
 from llm_serving.generation import FinishReason, TokenOutput
@@ -32,8 +33,7 @@ NO_ID = -1
 TopToken = tuple[int, str, float, bool]  # id, text, logprob, special
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(msgspec.Struct, frozen=True):
     index: int  # 1 for the first generated id
     token_id: int
     text: str
@@ -195,7 +195,7 @@ class OutputStream:
         """Queue the events that were held; the first of them takes the rest of the text."""
         if rest:
             self._texts.append(rest)
-            self._held[0] = replace(self._held[0], text=self._held[0].text + rest)
+            self._held[0] = msgspec.structs.replace(self._held[0], text=self._held[0].text + rest)
         self._queue += self._held
         self._held.clear()
 

@@ -99,9 +99,9 @@ class AgentWorker:
         if slot is None:
             raise ChannelError("more steps are outstanding than the segments have slots")
         try:
-            tensors = write_inputs(arena, slot, inputs)
+            sizes, words = write_inputs(arena, slot, inputs)
             call.written_ns, call.memory_bytes = time.monotonic_ns(), arena.used_bytes(slot)
-            frame = frames.encode(Execute(inputs.step_id, tensors))
+            frame = frames.encode(Execute(inputs.step_id, sizes, words))
             call.encoded_ns, call.frame_bytes = time.monotonic_ns(), len(frame)
         except ChannelError:
             arena.release(slot)

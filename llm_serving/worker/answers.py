@@ -52,7 +52,7 @@ class Answers:
         call = flight.call
         transfer = TransferTimes(call.begin_ns, call.written_ns, call.sent_ns, time.monotonic_ns())
         result = read_result(self._segments.results[rank], reply, transfer)
-        self._count(rank, call, reply.times, result_bytes(result))
+        self._count(rank, call, reply.times, result_bytes(reply))
         self._num_failures = 0
         if rank == 0:
             flight.result = result

@@ -18,7 +18,7 @@ from llm_serving.transport.channel import SocketChannel
 from llm_serving.transport.listener import Listener
 from llm_serving.worker.agent_process import AgentProcess
 from llm_serving.worker.segments import Segments
-from llm_serving.worker.step_transfer import StepLimits, write_inputs
+from llm_serving.worker.step_transfer import StepLimits, read_result, write_inputs
 
 __all__ = ["EPOCH", "REPLIES", "Twin"]
 
@@ -81,15 +81,12 @@ class Twin:
         if slot is None:
             raise ChannelError("no slot is free, though no step is outstanding")
         try:
-            reply = await self.ask(Execute(inputs.step_id, write_inputs(arena, slot, inputs)))
+            reply = await self.ask(Execute(inputs.step_id, *write_inputs(arena, slot, inputs)))
         finally:
             arena.release(slot)
         if not isinstance(reply, Executed):
             return reply, []
-        ref = reply.tensors["token_ids"]
-        token_ids: list[int] = results.read(ref).tolist()
-        results.release(ref.slot)
-        return reply, token_ids
+        return reply, read_result(results, reply).token_ids.tolist()
 
     async def stop(self) -> int:
         """Its exit code."""
