@@ -30,6 +30,14 @@ LLM_INLINE void store_panel(const Packed& weight, int panel, F32 left, F32 right
     }
     return store(y + column / 2, silu_mul(left, right));
   }
+  if (weight.bias == nullptr && column + PANEL <= weight.n) {  // nearly always
+    if (epilogue == Epilogue::add) {
+      left = add(load(y + column), left);
+      right = add(load(y + column + HALF), right);
+    }
+    store(y + column, left);
+    return store(y + column + HALF, right);
+  }
   store_half(weight, column, left, y, epilogue == Epilogue::add);
   if (column + HALF < weight.n) store_half(weight, column + HALF, right, y, epilogue == Epilogue::add);
 }

@@ -39,11 +39,21 @@ LLM_INLINE void load_quads(const uint8_t* quants, int j, I32& even, I32& odd) {
   }
 }
 
-// `count` blocks of M rows times a panel: sums [M][PANEL], continued unless `first`.  `scales` of the first
-// row; what is added lies `corrections` bytes after.
+// Where a panel's rows go: row r to y + r * ldy.
+struct Result {
+  const Packed& weight;
+  int panel;
+  float* y;
+  size_t ldy;
+  Epilogue epilogue;
+};
+
+// `count` blocks of M rows times a panel, begun or (`first` false) continued from sums [M][PANEL]; they become
+// the result if there is one, else they wait in `sums`.  `scales` of the first row; what is added lies
+// `corrections` bytes after.
 template <Format format, int M>
 void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corrections, size_t row_stride,
-          int count, bool first, Ahead ahead, float* sums) {
+          int count, bool first, Ahead ahead, float* sums, const Result* result) {
   F32 acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
@@ -90,13 +100,20 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corr
     x += BLOCK;
     scales += 4;
   }
+  if (result != nullptr) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++)
+      store_panel(result->weight, result->panel, acc[m][0], acc[m][1], result->y + m * result->ldy,
+                  result->epilogue);
+    return;
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
     for (int h = 0; h < 2; h++) store(sums + m * PANEL + h * HALF, acc[m][h]);
 }
 
 using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, size_t, int, bool, Ahead,
-                      float*);
+                      float*, const Result*);
 
 template <Format format, int... M>
 const Tile* tiles(std::integer_sequence<int, M...>) {
@@ -127,15 +144,14 @@ void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, in
     const size_t offset = begin * block_bytes(format);
     for (int g = 0; g < groups; g++) {
       const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
+      const Result result{weight, panel, y + top * ldy, ldy, epilogue};
       table[height - 1](w + offset, x + top * row_stride + begin * BLOCK,
                         scales + top * row_stride + 4 * begin, static_cast<size_t>(blocks) * 4, row_stride,
                         count, begin == 0,
                         look_ahead<format>(w + offset, next ? next + offset : nullptr, count, g, groups),
-                        sums + top * PANEL);
+                        sums + top * PANEL, begin + count == blocks ? &result : nullptr);
     }
   }
-  for (int r = 0; r < rows; r++)
-    store_panel(weight, panel, load(sums + r * PANEL), load(sums + r * PANEL + HALF), y + r * ldy, epilogue);
 }
 
 template <Format format>

@@ -2,7 +2,6 @@
 //
 // A tile is a few rows times a few panels with every accumulator in a register.  Between blocks of k the
 // accumulators wait in `sums`, which changes no bit, so a block of a panel stays in the cache for all rows.
-#include <type_traits>
 #include <utility>
 
 #include "epilogue.hpp"
@@ -21,36 +20,75 @@ constexpr int BLOCK_WORDS = 512;           // of k: 64 KB of a panel
 constexpr int ROWS = 8 * TILE_ROWS;        // that wait in `sums`
 constexpr size_t WORD_BYTES = 4 * PANEL;   // of a panel
 
+// Where a panel's rows go: row r to y + r * ldy, with the activations' RowScale `scales` + r * row_stride.
+struct Result {
+  const Packed& weight;
+  int panel;
+  const uint8_t* scales;
+  size_t row_stride;
+  float* y;
+  size_t ldy;
+  Epilogue epilogue;
+
+  Result from_row(int r) const {
+    return {weight, panel, scales + r * row_stride, row_stride, y + r * ldy, ldy, epilogue};
+  }
+};
+
 struct Float32 {
   using Sum = F32;
-  LLM_INLINE Sum start() { return zero(); }
+  LLM_INLINE Sum start(const uint8_t*) { return zero(); }
   LLM_INLINE Sum resume(const float* p) { return load(p); }
   LLM_INLINE void keep(float* p, Sum v) { store(p, v); }
   LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return fma(as_float(w), as_float(x), sum); }
+
+  // What a panel's columns have in common.
+  explicit Float32(const Result&, int) {}
+  [[gnu::always_inline]] F32 finish(Sum sum, int, const uint8_t*) const { return sum; }
 };
 
 struct BFloat16 : Float32 {
+  using Float32::Float32;
   LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_bf16(sum, w, x); }
 };
 
 struct Int8 {
   using Sum = I32;
-  LLM_INLINE Sum start() { return zero_i32(); }
+  // Weights are stored as w + 128: what that adds to a row's sums is taken away at their start.
+  LLM_INLINE Sum start(const uint8_t* scale) {
+    return set1_i32(static_cast<int32_t>(-128u * reinterpret_cast<const RowScale*>(scale)->sum));
+  }
   LLM_INLINE Sum resume(const float* p) { return load_i32(p); }
   LLM_INLINE void keep(float* p, Sum v) { store_i32(p, v); }
   LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_u8s8(sum, w, x); }
+
+  I32 weight_sums[2];
+  F32 scales[2];
+  explicit Int8(const Result& result, int panel) {
+    const uint8_t* end = result.weight.data + (panel + 1) * panel_bytes(Format::i8, result.weight.k) - 8 * PANEL;
+    for (int h = 0; h < 2; h++) {
+      scales[h] = load(reinterpret_cast<const float*>(end) + h * HALF);
+      weight_sums[h] = load_i32(end + (PANEL + h * HALF) * 4);
+    }
+  }
+  [[gnu::always_inline]] F32 finish(Sum sum, int half, const uint8_t* scale) const {
+    const RowScale* row = reinterpret_cast<const RowScale*>(scale);
+    const I32 exact = sub_i32(sum, mul_i32(weight_sums[half], set1_i32(row->zero)));
+    return mul(to_float(exact), mul(scales[half], set1(row->scale)));
+  }
 };
 
-// `count` words of M rows times P panels: sums [M][P * PANEL], continued unless `first`.
+// `count` words of M rows times P panels, begun or (`first` false) continued from sums [M][P * PANEL]; they
+// become the result if there is one, else they wait in `sums`.
 template <class Op, int M, int P>
-void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_stride, int count, bool first,
-          Ahead ahead, float* sums) {
+void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, const uint8_t* scales, size_t row_stride,
+          int count, bool first, Ahead ahead, float* sums, const Result* result) {
   typename Op::Sum acc[M][2 * P];
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * P; v++)
-      acc[m][v] = first ? Op::start() : Op::resume(sums + m * P * PANEL + v * HALF);
+      acc[m][v] = first ? Op::start(scales + m * row_stride) : Op::resume(sums + m * P * PANEL + v * HALF);
   for (int i = 0; i < count; i++) {
     prefetch(ahead.lines);
     ahead.lines += ahead.step;
@@ -66,13 +104,27 @@ void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, size_t row_st
     w += WORD_BYTES;
     x += 4;
   }
+  if (result == nullptr) {
 #pragma GCC unroll 16
-  for (int m = 0; m < M; m++)
+    for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
-    for (int v = 0; v < 2 * P; v++) Op::keep(sums + m * P * PANEL + v * HALF, acc[m][v]);
+      for (int v = 0; v < 2 * P; v++) Op::keep(sums + m * P * PANEL + v * HALF, acc[m][v]);
+    return;
+  }
+#pragma GCC unroll 4
+  for (int p = 0; p < P; p++) {
+    const Op columns(*result, result->panel + p);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const uint8_t* scale = result->scales + m * result->row_stride;
+      store_panel(result->weight, result->panel + p, columns.finish(acc[m][2 * p], 0, scale),
+                  columns.finish(acc[m][2 * p + 1], 1, scale), result->y + m * result->ldy, result->epilogue);
+    }
+  }
 }
 
-using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, size_t, int, bool, Ahead, float*);
+using Tile = void (*)(const uint8_t*, size_t, const uint8_t*, const uint8_t*, size_t, int, bool, Ahead, float*,
+                      const Result*);
 
 // tiles[m - 1] has m rows and one panel; wide[p - 1] one row and p panels.
 template <class Op, int... M>
@@ -86,42 +138,18 @@ const Tile* wide(std::integer_sequence<int, P...>) {
   return table;
 }
 
-// One row's sums of a panel, `from`, into y.
-template <class Op>
-LLM_INLINE void finish(const Packed& weight, int panel, const float* from, const uint8_t* activations,
-                       float* y, Epilogue epilogue) {
-  if constexpr (!std::is_same_v<Op, Int8>) {
-    (void)activations;
-    store_panel(weight, panel, load(from), load(from + HALF), y, epilogue);
-  } else {
-    const size_t bytes = panel_bytes(Format::i8, weight.k);
-    const uint8_t* scales = weight.data + (panel + 1) * bytes - 8 * PANEL;
-    const RowScale* row = reinterpret_cast<const RowScale*>(activations + scale_offset(weight.k));
-    F32 halves[2];
-    for (int h = 0; h < 2; h++) {
-      const I32 weight_sums = load_i32(scales + (PANEL + h * HALF) * 4);
-      I32 v = sub_i32(load_i32(from + h * HALF), set1_i32(static_cast<int32_t>(128u * row->sum)));
-      v = sub_i32(v, mul_i32(weight_sums, set1_i32(row->zero)));
-      const F32 scale = mul(load(reinterpret_cast<const float*>(scales) + h * HALF), set1(row->scale));
-      halves[h] = mul(to_float(v), scale);
-    }
-    store_panel(weight, panel, halves[0], halves[1], y, epilogue);
-  }
-}
-
 // One row: several panels at once, to have enough independent sums.
 template <class Op>
 void multiply_row(const Packed& weight, const uint8_t* x, int panel_begin, int panel_end, float* y,
                   Epilogue epilogue) {
   const Tile* table = wide<Op>(std::make_integer_sequence<int, WIDE>());
   const size_t bytes = panel_bytes(weight.format, weight.k);
-  alignas(64) float sums[WIDE * PANEL];
+  const uint8_t* scale = x + scale_offset(weight.k);
   for (int panel = panel_begin; panel < panel_end;) {
     const int left = panel_end - panel, width = left < WIDE ? left : WIDE;
-    table[width - 1](weight.data + panel * bytes, bytes, x, 0, words(weight.format, weight.k), true, {x, 0},
-                     sums);
-    for (int p = 0; p < width; p++)
-      finish<Op>(weight, panel + p, sums + p * PANEL, x, y, epilogue);
+    const Result result{weight, panel, scale, 0, y, 0, epilogue};
+    table[width - 1](weight.data + panel * bytes, bytes, x, scale, 0, words(weight.format, weight.k), true,
+                     {x, 0}, nullptr, &result);
     panel += width;
   }
 }
@@ -142,18 +170,20 @@ void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, in
   const uint8_t* w = weight.data + panel * panel_bytes(weight.format, weight.k);
   const int num_words = words(weight.format, weight.k), groups = (rows + TILE_ROWS - 1) / TILE_ROWS;
   alignas(64) float sums[ROWS * PANEL];
+  const uint8_t* scales = x + scale_offset(weight.k);
+  const Result whole{weight, panel, scales, row_stride, y, ldy, epilogue};
   for (int begin = 0; begin < num_words; begin += BLOCK_WORDS) {
     const int count = num_words - begin < BLOCK_WORDS ? num_words - begin : BLOCK_WORDS;
     const size_t offset = begin * WORD_BYTES;
     for (int g = 0; g < groups; g++) {
       const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
-      table[height - 1](w + offset, 0, x + top * row_stride + 4 * begin, row_stride, count, begin == 0,
+      const Result result = whole.from_row(top);
+      table[height - 1](w + offset, 0, x + top * row_stride + 4 * begin, scales + top * row_stride, row_stride,
+                        count, begin == 0,
                         look_ahead(w + offset, next ? next + offset : nullptr, count, g, groups),
-                        sums + top * PANEL);
+                        sums + top * PANEL, begin + count == num_words ? &result : nullptr);
     }
   }
-  for (int r = 0; r < rows; r++)
-    finish<Op>(weight, panel, sums + r * PANEL, x + r * row_stride, y + r * ldy, epilogue);
 }
 
 template <class Op>
