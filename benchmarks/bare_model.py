@@ -7,11 +7,13 @@ everywhere, and costs nothing to read); and the time of each operation, beside w
 
 from __future__ import annotations
 
+import os
 import pathlib
 import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -68,6 +70,7 @@ class BareModel:
 
     def __init__(self, card: ModelCard, *, num_rows: int, context: int, num_threads: int) -> None:
         self.card, self.config = card, card.config
+        self._processors = os.sched_getaffinity(0)
         dtype = DTYPES[card.dtype]
         self._kernels = NativeKernels(num_threads)
         self._file = PackedFile(pathlib.Path(str(card.packed)))
@@ -90,6 +93,17 @@ class BareModel:
         self._runner.bind_thread()
         self._memory = np.ones(256 << 20, np.uint8)
         self._ids = np.random.default_rng(0).integers(0, card.config.vocab_size, 1 << 16, np.int32)
+
+    def __enter__(self) -> BareModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        os.sched_setaffinity(0, self._processors)  # what starts now inherits that
 
     @property
     def isa(self) -> str:
