@@ -76,9 +76,7 @@ class BareModel:
         self._file = PackedFile(pathlib.Path(str(card.packed)))
         self._model = load_packed(self._file, card.config, self._kernels)
         self._width = -(-context // BLOCK_SIZE)
-        cache = KvCache(
-            card.config, num_rows * self._width, BLOCK_SIZE, dtype, torch.device("cpu")
-        )
+        cache = KvCache(card.config, num_rows * self._width, BLOCK_SIZE, dtype, torch.device("cpu"))
         _fill(cache.tensor.view(-1))
         self.bytes_per_token = bytes_per_block(card.config, BLOCK_SIZE, dtype) // BLOCK_SIZE
         self._runner = ModelRunner(

@@ -19,7 +19,8 @@ import statistics
 from collections import defaultdict
 
 from bare_model import OPERATIONS, BareModel, Shape, prepared_card
-from kernels_cpu import PEAK_OF, Limits
+from kernels_cpu import Limits
+from servers import Disturbance
 
 WEIGHTS = ("native", "int8", "bfloat16", "float32")
 SHAPES = {"1 row": Shape(1, 1, 192), "32 rows": Shape(32, 1, 192), "512 tokens": Shape(1, 512, 512)}
@@ -72,7 +73,11 @@ class Case:
         return f"{step_ms:8.2f} {limit_ms:8.2f} {self.of_roofline():5.0f} %"
 
     def operation(self, name: str) -> str:
-        need, spent, limits = self._needs.get(name), self._parts_ms[name], self._part_limits_ms[name]
+        need, spent, limits = (
+            self._needs.get(name),
+            self._parts_ms[name],
+            self._part_limits_ms[name],
+        )
         line = f"{statistics.median(spent):8.2f}"
         if need is None:
             return line
@@ -89,7 +94,10 @@ def _percent(limits_ms: list[float], spent_ms: list[float]) -> float:
 
 def print_case(case: Case, name: str, weights: str) -> None:
     print(f"\n{weights}, {name}")
-    print(f"  {'':9}{'ms':>8} {'limit ms':>8} {'of it':>7} {'MB':>8} {'GB/s':>7} {'Gop':>8} {'Gop/s':>7}")
+    print(
+        f"  {'':9}{'ms':>8} {'limit ms':>8} {'of it':>7} {'MB':>8} {'GB/s':>7}"
+        f" {'Gop':>8} {'Gop/s':>7}"
+    )
     for operation in (*OPERATIONS, "sampling", "rest"):
         print(f"  {operation:9}{case.operation(operation)}")
     print(f"  {'step':9}{case.step()}")
@@ -98,8 +106,10 @@ def print_case(case: Case, name: str, weights: str) -> None:
 def verdict(case: Case, name: str, weights: str) -> str:
     of_roofline, of_bf16 = case.of_roofline(), case.of_bf16_peak()
     is_prompt = name == "512 tokens"
-    line = f"| {weights} | {name} | {of_roofline:.0f} % | {of_bf16:.0f} % |" if is_prompt else (
-        f"| {weights} | {name} | {of_roofline:.0f} % | |"
+    line = (
+        f"| {weights} | {name} | {of_roofline:.0f} % | {of_bf16:.0f} % |"
+        if is_prompt
+        else (f"| {weights} | {name} | {of_roofline:.0f} % | |")
     )
     target = TARGETS.get((name, weights))
     if target is None:
@@ -120,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
+    disturbance = Disturbance()
     cases: dict[tuple[str, str], Case] = {}
     for weights in options.weights:
         asked = ("float32", "auto") if weights == "float32" else ("auto", weights)
@@ -135,9 +146,13 @@ def main() -> None:
     print(median_limits(rounds))
     for (name, weights), case in cases.items():
         print_case(case, name, weights)
-    print("\n| weights | step | of the roofline | of the bf16 peak | target | |\n|---|---|---|---|---|---|")
+    print(
+        "\n| weights | step | of the roofline | of the bf16 peak | target | |"
+        "\n|---|---|---|---|---|---|"
+    )
     for (name, weights), case in cases.items():
         print(verdict(case, name, weights))
+    print(disturbance)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,10 @@ def mean_ms(answers: list[Answer]) -> float:
 def through_http(flags: list[str], num_streams: int, rounds: int) -> None:
     prompts = [long_prompt(i) for i in range(num_streams)]
     print(f"\n{num_streams} streams through HTTP, {PROMPT} tokens in, {OUTPUT} out")
-    print("| greedy tokens/s | sampled tokens/s | ratio | greedy ms/token | sampled ms/token | ratio |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| greedy tokens/s | sampled tokens/s | ratio | greedy ms/token | sampled ms/token"
+        " | ratio |\n|---|---|---|---|---|---|"
+    )
     rows: list[list[float]] = []
     with Server(*flags, "--no-prefix-caching") as server:
         server.stream(prompts, GREEDY)
@@ -60,7 +62,10 @@ def through_http(flags: list[str], num_streams: int, rounds: int) -> None:
 
 def _line(row: list[float]) -> str:
     greedy, sampled, ratio, greedy_ms, sampled_ms, gap_ratio = row
-    rates, gaps = f"{greedy:.0f} | {sampled:.0f} | {ratio:.3f}", f"{greedy_ms:.2f} | {sampled_ms:.2f}"
+    rates, gaps = (
+        f"{greedy:.0f} | {sampled:.0f} | {ratio:.3f}",
+        f"{greedy_ms:.2f} | {sampled_ms:.2f}",
+    )
     return f"| {rates} | {gaps} | {gap_ratio:.3f} |"
 
 
@@ -72,7 +77,10 @@ def bare(weights: str, num_rows: int, rounds: int, num_threads: int) -> None:
         for _ in range(rounds):
             for name, sampling in BARE.items():
                 spent[name].append(model.step_ms(shape, 5, sampling))
-    print(f"\na bare step of {num_rows} rows\n| | step ms | sampling ms | of the step |\n|---|---|---|---|")
+    print(
+        f"\na bare step of {num_rows} rows\n| | step ms | sampling ms | of the step |"
+        "\n|---|---|---|---|"
+    )
     for name, times in spent.items():
         step_ms, sample_ms = (statistics.median(column) for column in zip(*times, strict=True))
         print(f"| {name} | {step_ms:.2f} | {sample_ms:.2f} | {100 * sample_ms / step_ms:.0f} % |")

@@ -18,7 +18,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
 from urllib.request import urlopen
 
 _EVENT = b"\ndata:"  # JSON has no raw line break, so this is never part of one
@@ -87,7 +86,9 @@ class Server:
             except OSError:  # it has ended
                 continue
             if parent in found:
-                found[int(entry.name)] = "agent" if "agent" in words else pathlib.Path(words[0]).name
+                found[int(entry.name)] = (
+                    "agent" if "agent" in words else pathlib.Path(words[0]).name
+                )
         return found
 
     def stream(self, prompts: Sequence[str], parameters: Mapping[str, object]) -> list[Answer]:

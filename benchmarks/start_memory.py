@@ -86,8 +86,10 @@ def memory(flags: list[str], what: str, target_gb: float | None) -> None:
         found = {f"{name} ({pid})": memory_of(pid) for pid, name in server.processes().items()}
         info = json.loads(server.get("/info"))
     blocks = info["num_kv_blocks"] * info["block_size"]
-    print(f"\nmemory after {STREAMS} streams of {PROMPT} + {OUTPUT} tokens, {what} "
-          f"({blocks} tokens of KV cache; {rate:.0f} tokens/s)")
+    print(
+        f"\nmemory after {STREAMS} streams of {PROMPT} + {OUTPUT} tokens, {what} "
+        f"({blocks} tokens of KV cache; {rate:.0f} tokens/s)"
+    )
     print("| process | PSS MB | RSS MB | anonymous MB |\n|---|---|---|---|")
     for name, each in found.items():
         print(f"| {name} | {each['Pss']:.0f} | {each['Rss']:.0f} | {each['Anonymous']:.0f} |")

@@ -20,6 +20,7 @@ from llm_serving.step_arrays import StepInputs
 __all__ = ["BLOCK_SIZE", "BareLoop", "BareStep", "step_inputs"]
 
 BLOCK_SIZE = 16
+GREEDY = SamplingParams()
 _TOKEN_ID = 1000  # which one does not matter, if the vocabulary has it
 
 
@@ -98,8 +99,8 @@ def step_inputs(
     *,
     start: int,
     blocks_per_row: int,
-    sampling: SamplingParams = SamplingParams(),
     step_id: int = 0,
+    sampling: SamplingParams = GREEDY,
 ) -> StepInputs:
     """Rows of ids [rows, tokens] from place `start` of their sequences, each in its own blocks.
 
