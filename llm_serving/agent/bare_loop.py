@@ -10,15 +10,17 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from llm_serving.agent.model_runner import ModelRunner
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.model_card import ModelCard
 from llm_serving.step_arrays import StepInputs
 
-__all__ = ["BareLoop", "BareStep"]
+__all__ = ["BLOCK_SIZE", "BareLoop", "BareStep", "step_inputs"]
 
-_BLOCK_SIZE = 16
+BLOCK_SIZE = 16
+GREEDY = SamplingParams()
 _TOKEN_ID = 1000  # which one does not matter, if the vocabulary has it
 
 
@@ -46,12 +48,12 @@ class BareLoop:
         """Loads the model, which takes seconds.  Raises ConfigError as `ModelRunner.load`."""
         self._num_rows, self._prompt_tokens, self._new_tokens = num_rows, prompt_tokens, new_tokens
         self._token_id = min(_TOKEN_ID, card.config.vocab_size - 1)
-        self._num_blocks = -(-(prompt_tokens + new_tokens) // _BLOCK_SIZE)  # of each row
+        self._num_blocks = -(-(prompt_tokens + new_tokens) // BLOCK_SIZE)  # of each row
         self._runner = ModelRunner.load(
             card,
             device=device,
             max_model_len=prompt_tokens + new_tokens,
-            block_size=_BLOCK_SIZE,
+            block_size=BLOCK_SIZE,
             num_blocks=num_rows * self._num_blocks,
             max_num_seqs=num_rows,
             max_num_batched_tokens=num_rows * prompt_tokens,
@@ -76,7 +78,12 @@ class BareLoop:
 
     def _run(self, start: int, num_tokens: int) -> BareStep:
         self._step_id += 1
-        inputs = self._inputs(start, num_tokens)
+        inputs = step_inputs(
+            np.full((self._num_rows, num_tokens), self._token_id, np.int32),
+            start=start,
+            blocks_per_row=self._num_blocks,
+            step_id=self._step_id,
+        )
         began_ns = time.monotonic_ns()
         columns = self._runner.execute(inputs, _ignore_tick)
         ended_ns = time.monotonic_ns()
@@ -86,33 +93,44 @@ class BareLoop:
             (columns.sampled_ns - columns.sample_ns) / 1e6,
         )
 
-    def _inputs(self, start: int, num_tokens: int) -> StepInputs:
-        """Every row computes `num_tokens` from place `start` of its sequence, in its own blocks."""
-        rows, none = self._num_rows, np.empty(0, np.int32)
-        tables = np.arange(rows * self._num_blocks, dtype=np.int32).reshape(rows, -1)
-        places = np.arange(start, start + num_tokens, dtype=np.int32)
-        slots = tables[:, places // _BLOCK_SIZE] * _BLOCK_SIZE + places % _BLOCK_SIZE
-        starts = np.arange(rows + 1, dtype=np.int32) * np.int32(num_tokens)
-        return StepInputs(
-            step_id=self._step_id,
-            input_ids=np.full(rows * num_tokens, self._token_id, np.int32),
-            positions=np.tile(places, rows),
-            slots=slots.astype(np.int32).ravel(),
-            query_starts=starts,
-            context_lens=np.full(rows, start + num_tokens, np.int32),
-            block_tables=tables,
-            sources=np.full(rows, -1, np.int32),
-            adapter_ids=np.zeros(rows, np.int32),
-            logit_positions=starts[1:] - np.int32(1),
-            sampling=np.frombuffer(SamplingParams().record() * rows, SAMPLING_DTYPE),
-            history_starts=np.zeros(rows + 1, np.int32),
-            history_ids=none,
-            history_prompt_lens=np.zeros(rows, np.int32),
-            bias_rows=none,
-            bias_ids=none,
-            bias_values=np.empty(0, np.float32),
-            wanted_logits=none,
-        )
+
+def step_inputs(
+    ids: npt.NDArray[np.int32],
+    *,
+    start: int,
+    blocks_per_row: int,
+    step_id: int = 0,
+    sampling: SamplingParams = GREEDY,
+) -> StepInputs:
+    """Rows of ids [rows, tokens] from place `start` of their sequences, each in its own blocks.
+
+    Every row samples after its last token.
+    """
+    (rows, num_tokens), none = ids.shape, np.empty(0, np.int32)
+    tables = np.arange(rows * blocks_per_row, dtype=np.int32).reshape(rows, -1)
+    places = np.arange(start, start + num_tokens, dtype=np.int32)
+    slots = tables[:, places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
+    starts = np.arange(rows + 1, dtype=np.int32) * np.int32(num_tokens)
+    return StepInputs(
+        step_id=step_id,
+        input_ids=ids.ravel(),
+        positions=np.tile(places, rows),
+        slots=slots.astype(np.int32).ravel(),
+        query_starts=starts,
+        context_lens=np.full(rows, start + num_tokens, np.int32),
+        block_tables=tables,
+        sources=np.full(rows, -1, np.int32),
+        adapter_ids=np.zeros(rows, np.int32),
+        logit_positions=starts[1:] - np.int32(1),
+        sampling=np.frombuffer(sampling.record() * rows, SAMPLING_DTYPE),
+        history_starts=np.zeros(rows + 1, np.int32),
+        history_ids=none,
+        history_prompt_lens=np.zeros(rows, np.int32),
+        bias_rows=none,
+        bias_ids=none,
+        bias_values=np.empty(0, np.float32),
+        wanted_logits=none,
+    )
 
 
 def _ignore_tick() -> None:

@@ -27,7 +27,7 @@ void AttentionPlan::make(const Rows& rows, int heads, int kv_heads, int head_dim
   for (int row = 0; row < rows.num_rows; row++) {
     const int begin = rows.query_starts[row], end = rows.query_starts[row + 1];
     const int context = rows.context_lens[row], before = context - (end - begin);
-    const bool is_split = num_threads > 1 && end - begin <= most && context > std::max(LEAST_SPLIT, share);
+    const bool is_split = num_threads > 1 && context > std::max(LEAST_SPLIT, share);
     for (int tile = (end - begin + most - 1) / most - 1; tile >= 0; tile--) {
       const int first = begin + tile * most, count = std::min(most, end - first);
       const int position = before + tile * most, pieces = num_pieces(position + count);
