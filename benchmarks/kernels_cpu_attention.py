@@ -102,7 +102,9 @@ class Bench:
         times = []
         for _ in range(self.repeats):
             start = time.perf_counter()
-            sampler.sample(logits, None, None, records, positions, ids, logprobs, finite, *tops)
+            sampler.sample(
+                logits, None, None, records, positions, None, ids, logprobs, finite, *tops
+            )
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times)
         print(

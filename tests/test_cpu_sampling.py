@@ -67,6 +67,8 @@ def ours(
     isa: str = "auto",
     num_threads: int = 1,
     adjusted: Floats | None = None,
+    summaries: np.ndarray | None = None,
+    has_logits: bool = True,
 ) -> SampledColumns:
     n, width = logits.shape
     num_top = max((p.num_logprobs for p in params), default=0)
@@ -83,11 +85,12 @@ def ours(
     if adjusted is not None:
         changed = (adjusted.view(np.uint32) != logits.view(np.uint32)).any(1).astype(np.uint8)
     sampler.sample(
-        logits.copy(),
+        logits.copy() if has_logits else None,
         None if adjusted is None else adjusted.copy(),
         changed,
         records(params).view(np.uint8).reshape(n, -1),
         np.full(n, POSITION, np.int32),
+        summaries,
         columns.token_ids,
         columns.logprobs,
         columns.finite,

@@ -19,7 +19,7 @@ import torch
 from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blocks
 from llm_serving.agent.memory import available_memory
 from llm_serving.agent.native_sampler import NativeSampler
-from llm_serving.agent.sampler import Sampler
+from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.agent.step_check import StepLimits, check_step
 from llm_serving.agent.warm_up import bare_decode_ms, warm_up_steps
 from llm_serving.errors import ChannelError, ConfigError
@@ -96,8 +96,11 @@ class ModelRunner:
                 kernels, table, cache.layers, cache.block_size, DTYPES[card.dtype]
             )
         self._sampler: Sampler | NativeSampler
+        self._native: tuple[NativePlan, NativeSampler] | None = None
         if isinstance(kernels, NativeKernels):
             self._sampler = NativeSampler(kernels, self.vocab_size, max_num_seqs)
+            if plan.has_head:
+                self._native = plan, self._sampler
         else:
             self._sampler = Sampler(self.vocab_size, max_num_seqs)
         self._limits = StepLimits(
@@ -208,10 +211,14 @@ class ModelRunner:
                 inputs.block_tables,
             )
             forward_ns = time.monotonic_ns()
-            logits = self._forward(ids, step, inputs.logit_positions, tick)
-            sample_ns = time.monotonic_ns()
-            wanted = self._wanted(logits, inputs)
-            sampled = self._sampler.sample(logits, inputs, self._last_ids)
+            hidden = self._run_layers(ids, step, tick)
+            if self._native is None:
+                logits = self._logits(hidden, inputs.logit_positions)
+                sample_ns = time.monotonic_ns()
+                wanted = self._wanted(logits, inputs)
+                sampled = self._sampler.sample(logits, inputs, self._last_ids)
+            else:
+                wanted, sample_ns, sampled = self._sample_natively(*self._native, hidden, inputs)
             sampled_ns = time.monotonic_ns()
         self._last_step_id, self._last_ids = inputs.step_id, sampled.token_ids
         return StepColumns(
@@ -226,6 +233,18 @@ class ModelRunner:
             sampled_ns=sampled_ns,
         )
 
+    def _sample_natively(
+        self, plan: NativePlan, sampler: NativeSampler, hidden: torch.Tensor, inputs: StepInputs
+    ) -> tuple[Floats, int, SampledColumns]:
+        """The head says what each row of logits amounts to; often nobody asks for more."""
+        rows, logits = inputs.logit_positions, None
+        if sampler.needs_logits(inputs):
+            logits = torch.empty(len(rows), self.vocab_size)
+        summaries = plan.head(hidden, rows, logits)
+        sample_ns = time.monotonic_ns()
+        wanted = self._no_logits if logits is None else self._wanted(logits, inputs)
+        return wanted, sample_ns, sampler.sample(logits, inputs, self._last_ids, summaries)
+
     def _wanted(self, logits: torch.Tensor, inputs: StepInputs) -> Floats:
         """Copies of the rows that somebody wants to see, before the sampler changes them."""
         if not len(inputs.wanted_logits):
@@ -234,20 +253,20 @@ class ModelRunner:
         found: Floats = rows.float().cpu().numpy()
         return found
 
-    def _forward(
-        self,
-        ids: npt.NDArray[np.int64],
-        step: StepContext,
-        logit_positions: Ints,
-        tick: Callable[[], None],
+    def _run_layers(
+        self, ids: npt.NDArray[np.int64], step: StepContext, tick: Callable[[], None]
     ) -> torch.Tensor:
-        """Logits of the sampling rows, float32 [num_samples, vocab]."""
+        """What the last layer gives, [num_tokens, hidden_size]."""
         hidden = self._model.embed(self._tensor(ids))
         at_once = max(1, self._tokens_per_tick // len(ids))
         for first in range(0, self._num_layers, at_once):
             last = min(first + at_once, self._num_layers)
             hidden = self._model.run_layers(hidden, step, first, last)
             tick()
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor, logit_positions: Ints) -> torch.Tensor:
+        """Those of the sampling rows, float32 [num_samples, vocab]."""
         sampling = self._tensor(logit_positions.astype(np.int64))
         return self._model.logits(hidden.index_select(0, sampling))
 

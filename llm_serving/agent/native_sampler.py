@@ -5,17 +5,25 @@ Same tokens for the same logits as `sampler.Sampler`, but where a softmax's last
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from llm_serving.agent.logits import adjust
 from llm_serving.agent.sampler import SampledColumns, check_logits
-from llm_serving.generation import SAMPLING_DTYPE
+from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.step_arrays import StepInputs
 
 __all__ = ["NativeSampler"]
+
+_GREEDY = np.frombuffer(SamplingParams().record(), np.int32)
+_NAMES = SAMPLING_DTYPE.names or ()
+_ASKED = slice(  # all that changes a token or adds to it; seeds do nothing to a greedy row
+    *(SAMPLING_DTYPE.fields[name][1] // 4 for name in ("temperature", "sample_index"))  # type: ignore[index]
+)
 
 
 class NativeSampler:
@@ -25,27 +33,42 @@ class NativeSampler:
         self._vocab_size, self._max_num_seqs = vocab_size, max_num_seqs
         self._rows = kernels.module.RowSampler(kernels.kernels, kernels.pool, vocab_size)
 
+    @staticmethod
+    def needs_logits(inputs: StepInputs) -> bool:
+        """Whether any row asks for more than the likeliest id, or anybody for the logits."""
+        asked = inputs.sampling.view(np.int32).reshape(-1, len(_GREEDY))[:, _ASKED]
+        return bool(
+            len(inputs.bias_rows) or len(inputs.wanted_logits) or (asked != _GREEDY[_ASKED]).any()
+        )
+
     def sample(
         self,
-        logits: torch.Tensor,
+        logits: torch.Tensor | None,
         inputs: StepInputs,
         last_ids: npt.NDArray[np.int32] | None,
+        summaries: npt.NDArray[Any] | None = None,
     ) -> SampledColumns:
-        """As `Sampler.sample`."""
+        """As `Sampler.sample`; `summaries` [num_samples] SUMMARY_DTYPE, if they are known already.
+
+        With them, a step that does not need logits can do without.
+        """
         n = len(inputs.sampling)
-        check_logits(logits, n, self._vocab_size, self._max_num_seqs)
-        adjusted, is_adjusted = _adjusted(logits, inputs, last_ids)
+        adjusted, is_adjusted = None, None
+        if logits is not None:
+            check_logits(logits, n, self._vocab_size, self._max_num_seqs)
+            adjusted, is_adjusted = _adjusted(logits, inputs, last_ids)
         width = min(int(inputs.sampling["num_logprobs"].max(initial=0)), self._vocab_size)
         ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
         finite = np.empty(n, np.uint8)
         top_ids, top_logprobs = np.empty((n, width), np.int32), np.empty((n, width), np.float32)
         if n:
             self._rows.sample(
-                logits.numpy(),
+                None if logits is None else logits.numpy(),
                 adjusted,
                 is_adjusted,
                 inputs.sampling.view(np.uint8).reshape(n, SAMPLING_DTYPE.itemsize),
                 inputs.positions[inputs.logit_positions] + np.int32(1),
+                None if summaries is None else summaries.view(np.uint8).reshape(n, -1),
                 ids,
                 logprobs,
                 finite,

@@ -17,6 +17,7 @@ import torch
 
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.layout import SUMMARY_DTYPE
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelConfig
 from llm_serving.models.layers import LinearFactory, LinearPart, RmsNorm, StepContext
@@ -194,16 +195,25 @@ class NativePlan:
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        n = len(hidden)
-        logits = torch.empty(n, self._vocab_size)
-        best, largest, total = (
-            np.empty(n, np.int32),
-            np.empty(n, np.float32),
-            np.empty(n, np.float32),
-        )
-        rows = np.arange(n, dtype=np.int32)
-        self._plan.logits(hidden.numpy(), rows, logits.numpy(), best, largest, total)
+        logits = torch.empty(len(hidden), self._vocab_size)
+        self.head(hidden, np.arange(len(hidden), dtype=np.int32), logits)
         return logits
+
+    def head(
+        self, hidden: torch.Tensor, rows: Ints, logits: torch.Tensor | None
+    ) -> npt.NDArray[Any]:
+        """Some rows of hidden through the head: [num_rows] SUMMARY_DTYPE.
+
+        The logits themselves, float32 [num_rows, vocab], are kept only if there is room for them.
+        """
+        summaries = np.empty(len(rows), SUMMARY_DTYPE)
+        self._plan.logits(
+            hidden.numpy(),
+            rows,
+            None if logits is None else logits.numpy(),
+            summaries.view(np.uint8).reshape(len(rows), SUMMARY_DTYPE.itemsize),
+        )
+        return summaries
 
 
 def _head_norms(

@@ -4,7 +4,7 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/vector.h>
 
-#include <cmath>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -23,8 +23,7 @@ using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Hidden = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Ints = nb::ndarray<int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require_size(size_t size, int expected, const char* what) {
   require(size == static_cast<size_t>(expected),
@@ -123,27 +122,22 @@ class BoundPlan {
     plan_.run_layers(hidden.data(), start, stop);
   }
 
-  void logits(Matrix<float> hidden, Vector<int32_t> tokens, Hidden logits, Ints best, Floats largest,
-              Floats log_sum_exp) {
+  void logits(Matrix<float> hidden, Vector<int32_t> tokens, std::optional<Hidden> logits, Bytes summaries) {
     const int count = static_cast<int>(tokens.size());
     require(plan_.vocab_size() > 0, "set_head comes first");
     require(hidden.shape(1) == static_cast<size_t>(plan_.shape().hidden_size), "hidden must be [.., hidden_size]");
     for (int i = 0; i < count; i++)
       require(tokens.data()[i] >= 0 && static_cast<size_t>(tokens.data()[i]) < hidden.shape(0),
               "tokens must be rows of hidden");
-    require(logits.shape(0) == tokens.size() && logits.shape(1) == static_cast<size_t>(plan_.vocab_size()),
-            "logits must be [tokens, vocab_size]");
-    require_size(best.size(), count, "best");
-    require_size(largest.size(), count, "largest");
-    require_size(log_sum_exp.size(), count, "log_sum_exp");
+    if (logits)
+      require(logits->shape(0) == tokens.size() && logits->shape(1) == static_cast<size_t>(plan_.vocab_size()),
+              "logits must be [tokens, vocab_size]");
+    require(summaries.shape(0) == tokens.size() && summaries.shape(1) == sizeof(Summary),
+            "summaries must be [tokens, 12]");
     nb::gil_scoped_release released;
     summaries_.resize(count);
-    plan_.logits(hidden.data(), tokens.data(), count, logits.data(), summaries_.data());
-    for (int i = 0; i < count; i++) {
-      best.data()[i] = summaries_[i].arg_max;
-      largest.data()[i] = summaries_[i].max;
-      log_sum_exp.data()[i] = summaries_[i].max + std::log(summaries_[i].sum);
-    }
+    plan_.logits(hidden.data(), tokens.data(), count, logits ? logits->data() : nullptr, summaries_.data());
+    std::memcpy(summaries.data(), summaries_.data(), count * sizeof(Summary));
   }
 
   // Milliseconds since the last call in each part, if `is_profiled`.
@@ -203,9 +197,9 @@ void bind_plan(nb::module_& m) {
            "The step that run_layers works on from now; the arrays must not change meanwhile.")
       .def("run_layers", &BoundPlan::run_layers, "hidden"_a, "start"_a, "stop"_a,
            "hidden [tokens, hidden_size] float32 through layers [start, stop), in place.")
-      .def("logits", &BoundPlan::logits, "hidden"_a, "tokens"_a, "logits"_a, "best"_a, "largest"_a, "log_sum_exp"_a,
-           "Rows of hidden through the last norm and the head; the largest logit of each, its lowest id, and\n"
-           "the logarithm of the sum of e^logit.")
+      .def("logits", &BoundPlan::logits, "hidden"_a, "tokens"_a, "logits"_a.none(), "summaries"_a,
+           "Rows of hidden through the last norm and the head into logits, unless None; and what each amounts to,\n"
+           "SUMMARY_DTYPE as uint8 [tokens, 12].")
       .def("spent", &BoundPlan::spent)
       .def_prop_rw("is_profiled", &BoundPlan::is_profiled, &BoundPlan::set_profiled)
       .def_prop_ro("num_layers", &BoundPlan::num_layers);

@@ -1,5 +1,6 @@
 // Sampling for Python: a step's rows, divided among the pool.
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -27,11 +28,14 @@ class RowSampler {
     if (!scratch_) throw std::bad_alloc();
   }
 
-  void sample(const Array& logits, const std::optional<Array>& adjusted, const std::optional<Input>& is_adjusted,
-              const Input& records, const Input& positions, const Array& ids, const Array& logprobs,
-              const Array& finite, const Array& top_ids, const Array& top_logprobs) {
-    float* rows = data_of<float>(logits, "logits", {-1, width_});
-    const auto n = static_cast<int64_t>(logits.shape(0));
+  void sample(const std::optional<Array>& logits, const std::optional<Array>& adjusted,
+              const std::optional<Input>& is_adjusted, const Input& records, const Input& positions,
+              const std::optional<Input>& summaries, const Array& ids, const Array& logprobs, const Array& finite,
+              const Array& top_ids, const Array& top_logprobs) {
+    const auto n = static_cast<int64_t>(ids.shape(0));
+    float* rows = logits ? data_of<float>(*logits, "logits", {n, width_}) : nullptr;
+    const uint8_t* known = summaries ? data_of<const uint8_t>(*summaries, "summaries", {n, sizeof(Summary)}) : nullptr;
+    require(rows != nullptr || known != nullptr, "either logits or summaries must be there");
     float* other = adjusted ? data_of<float>(*adjusted, "adjusted", {n, width_}) : nullptr;
     const uint8_t* flags = is_adjusted ? data_of<const uint8_t>(*is_adjusted, "is_adjusted", {n}) : nullptr;
     require((other == nullptr) == (flags == nullptr), "adjusted and is_adjusted go together");
@@ -47,22 +51,30 @@ class RowSampler {
     std::memcpy(asked.data(), packed, asked.size() * sizeof(SamplingRecord));
     for (const SamplingRecord& record : asked)
       require(std::min(record.num_logprobs, width_) <= num_top, "top_ids must be as wide as the largest num_logprobs");
+    for (const SamplingRecord& record : asked)
+      require(rows != nullptr || (record.num_logprobs == 0 && !(record.temperature > 0) && flags == nullptr),
+              "without logits only greedy rows can be sampled");
 
     nb::gil_scoped_release release;
     const int ranges = num_ranges(width_);
     summaries_.resize(static_cast<size_t>(n) * ranges);
     Items parts, whole;
     pool_.run([&](int thread) {
-      for (int i; (i = parts.take()) < n * ranges;) {
+      for (int i; known == nullptr && (i = parts.take()) < n * ranges;) {
         const int begin = i % ranges * SUMMARY_COLUMNS;
         const float* row = rows + static_cast<int64_t>(i / ranges) * width_;
         summaries_[i] = kernels_.summarise(row + begin, begin, std::min(begin + SUMMARY_COLUMNS, width_));
       }
-      pool_.barrier();
+      if (known == nullptr) pool_.barrier();
       for (int i; (i = whole.take()) < n;) {
-        const Summary row = kernels_.merge(summaries_.data() + static_cast<size_t>(i) * ranges, ranges);
+        Summary row;
+        if (known != nullptr)
+          std::memcpy(&row, known + i * sizeof(Summary), sizeof(Summary));
+        else
+          row = kernels_.merge(summaries_.data() + static_cast<size_t>(i) * ranges, ranges);
         float* changed = flags != nullptr && flags[i] ? other + static_cast<int64_t>(i) * width_ : nullptr;
-        const SampledRow sampled = sample_row(kernels_, rows + static_cast<int64_t>(i) * width_, changed, width_, row,
+        float* own = rows != nullptr ? rows + static_cast<int64_t>(i) * width_ : nullptr;
+        const SampledRow sampled = sample_row(kernels_, own, changed, width_, row,
                                               asked[i], places[i], tops + i * num_top, top_values + i * num_top,
                                               scratch_.get() + each_ * thread);
         id[i] = sampled.id;
@@ -87,11 +99,13 @@ void bind_sampling(nb::module_& m) {
   nb::class_<RowSampler>(m, "RowSampler", "Samples steps of a vocabulary; keeps memory to work in.")
       .def(nb::init<const Kernels&, Pool&, int>(), nb::arg("kernels"), nb::arg("pool"), nb::arg("vocab_size"),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-      .def("sample", &RowSampler::sample, nb::arg("logits"), nb::arg("adjusted").none(), nb::arg("is_adjusted").none(),
-           nb::arg("records"), nb::arg("positions"), nb::arg("ids"), nb::arg("logprobs"), nb::arg("finite"),
+      .def("sample", &RowSampler::sample, nb::arg("logits").none(), nb::arg("adjusted").none(),
+           nb::arg("is_adjusted").none(), nb::arg("records"), nb::arg("positions"), nb::arg("summaries").none(),
+           nb::arg("ids"), nb::arg("logprobs"), nb::arg("finite"),
            nb::arg("top_ids"), nb::arg("top_logprobs"),
            "One id for each row of logits [n, vocab], which it may overwrite: see csrc/sample.hpp.  records are "
-           "SAMPLING_DTYPE as uint8 [n, 48]; what comes out is written to the last five.");
+           "SAMPLING_DTYPE as uint8 [n, 48], summaries what a plan says of the same logits (SUMMARY_DTYPE as uint8 "
+           "[n, 12]), with which greedy rows need no logits; what comes out is written to the last five.");
   m.def("uniform", &uniform, nb::arg("seed"), nb::arg("position"), nb::arg("sample_index"));
 }
 

@@ -36,12 +36,27 @@ void store_value(char* tile, int place, const float* value, int d, bool bf16) {
   }
 }
 
+// The lines that a token's keys and values go to: they are in memory, and each is another one.
+void fetch_lines(const Cache& cache, int slot, size_t tile_bytes) {
+  const size_t offset = static_cast<size_t>(slot / TILE) * cache.kv_heads * tile_bytes;
+  const char* keys = static_cast<const char*>(cache.keys) + offset;
+  for (size_t i = 0; i < cache.kv_heads * tile_bytes; i += 64) __builtin_prefetch(keys + i, 1);
+  const size_t row_bytes = tile_bytes / (cache.bf16 ? TILE / 2 : TILE);
+  const size_t row = slot % TILE / (cache.bf16 ? 2 : 1) * row_bytes;
+  for (int h = 0; h < cache.kv_heads; h++)
+    for (size_t i = 0; i < row_bytes; i += 64)
+      __builtin_prefetch(static_cast<const char*>(cache.values) + offset + h * tile_bytes + row + i, 1);
+}
+
 }  // namespace
 
 void write(const Cache& cache, const Projected& in, int begin, int end) {
   const int d = cache.head_dim;
   const size_t tile_bytes = static_cast<size_t>(d) * TILE * (cache.bf16 ? 2 : 4);
+  fetch_lines(cache, in.slots[begin], tile_bytes);
   for (int token = begin; token < end; token++) {
+    if (token + 1 < end && in.slots[token + 1] / TILE != in.slots[token] / TILE)
+      fetch_lines(cache, in.slots[token + 1], tile_bytes);
     float* query = in.query + token * in.stride;
     float* key = in.key + token * in.stride;
     const float* value = in.value + token * in.stride;

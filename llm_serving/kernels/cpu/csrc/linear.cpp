@@ -16,12 +16,14 @@ void round_row(const float* x, int k, uint16_t* to) {
 // One scale and zero point for the row, so that 0 is met exactly.  A row that is not finite gets the scale NaN.
 void quantize_row(const float* x, int k, int8_t* to, RowScale* row) {
   F32 low = zero(), high = zero(), finite = zero();
-  for (int i = 0; i < k; i += LANES) {
-    const F32 v = load(x + i, k - i < LANES ? k - i : LANES);
+  const auto look = [&](F32 v) {
     low = min(low, v);
     high = max(high, v);
     finite = fma(v, zero(), finite);  // 0, or NaN
-  }
+  };
+  const int whole = k / LANES * LANES;
+  for (int i = 0; i < whole; i += LANES) look(load(x + i));
+  if (whole < k) look(load(x + whole, k - whole));
   const float least = smallest(low), range = largest(high) - least;
   const float inverse = range > 0 ? 255.0f / range : 0.0f;
   row->scale = range / 255.0f + sum(finite);
@@ -29,13 +31,20 @@ void quantize_row(const float* x, int k, int8_t* to, RowScale* row) {
   row->zero = is_finite ? -128 - static_cast<int32_t>(__builtin_rintf(least * inverse)) : 0;
   I32 total = zero_i32();
   const I32 shift = set1_i32(row->zero);
-  for (int i = 0; i < k; i += LANES) {
-    const int count = k - i < LANES ? k - i : LANES;
-    I32 q = add_i32(to_int(mul(load(x + i, count), set1(inverse))), shift);
-    q = min_i32(max_i32(q, set1_i32(-128)), set1_i32(127));
+  const auto quantized = [&](F32 v) {
+    const I32 q = add_i32(to_int(mul(v, set1(inverse))), shift);
+    return min_i32(max_i32(q, set1_i32(-128)), set1_i32(127));
+  };
+  for (int i = 0; i < whole; i += LANES) {
+    const I32 q = quantized(load(x + i));
     pack_i8(to + i, q);
-    if (count < LANES) std::memset(to + i + count, 0, LANES - count);
-    total = add_i32(total, count < LANES ? keep_i32(q, count) : q);
+    total = add_i32(total, q);
+  }
+  if (whole < k) {
+    const I32 q = quantized(load(x + whole, k - whole));
+    pack_i8(to + whole, q);
+    std::memset(to + k, 0, whole + LANES - k);
+    total = add_i32(total, keep_i32(q, k - whole));
   }
   row->sum = sum_i32(total);
 }

@@ -70,13 +70,19 @@ class Plan::Worker {
     const int num_panels = divided_up(head.n, PANEL), num_ranges = divided_up(num_panels, RANGE_PANELS);
     auto* ranges = static_cast<Summary*>(plan_.ranges_.at_least(0));
     Items& items = next_items();
+    auto* unkept = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * SUMMARY_COLUMNS;
     for (int range = items.take(); range < num_ranges; range = items.take()) {
       const int begin = range * RANGE_PANELS, end = std::min(begin + RANGE_PANELS, num_panels);
-      plan_.kernels_.linear.multiply(head, activations_, count, begin, end, logits, head.n, Epilogue::store);
       const int first = begin * PANEL, last = std::min(end * PANEL, head.n);
+      Packed part = head;  // columns first .. last
+      part.n = last - first;
+      part.data += begin * packed_bytes(head.format, PANEL, head.k);
+      if (head.bias != nullptr) part.bias += first;
+      float* y = logits != nullptr ? logits + first : unkept;
+      const size_t ldy = logits != nullptr ? head.n : SUMMARY_COLUMNS;
+      plan_.kernels_.linear.multiply(part, activations_, count, 0, end - begin, y, ldy, Epilogue::store);
       for (int row = 0; row < count; row++)
-        ranges[row * num_ranges + range] =
-            plan_.kernels_.sampling.summarise(logits + static_cast<size_t>(row) * head.n + first, first, last);
+        ranges[row * num_ranges + range] = plan_.kernels_.sampling.summarise(y + row * ldy, first, last);
     }
     end_stage(HEAD);
     Items& merged = next_items();
@@ -121,9 +127,10 @@ class Plan::Worker {
   }
 
   void multiply(const Packed& weight, int rows, float* y, int ldy, Epilogue epilogue, Part part) {
-    const int num_panels = divided_up(weight.n, PANEL);
-    const int at_once = std::clamp(divided_up(num_panels, 3 * plan_.pool_.size()), 1, 16);
-    const int num_groups = divided_up(num_panels, at_once), num_blocks = divided_up(rows, ROW_BLOCK);
+    const int num_panels = divided_up(weight.n, PANEL), num_blocks = divided_up(rows, ROW_BLOCK);
+    const int items_each = rows == 1 ? 3 : 12;  // of a thread: the last ones leave a thread without work
+    const int at_once = std::clamp(divided_up(num_panels * num_blocks, items_each * plan_.pool_.size()), 1, 16);
+    const int num_groups = divided_up(num_panels, at_once);
     const size_t stride = plan_.kernels_.linear.activation_bytes(weight.format, weight.k);
     Items& items = next_items();
     for (int item = items.take(); item < num_groups * num_blocks; item = items.take()) {
@@ -233,6 +240,7 @@ void Plan::run_layers(float* hidden, int start, int stop) {
 
 void Plan::logits(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
   activations_.at_least(static_cast<size_t>(count) * activation_bytes_);
+  if (logits == nullptr) unkept_.at_least(sizeof(float) * pool_.size() * count * SUMMARY_COLUMNS);
   ranges_.at_least(sizeof(Summary) * count * divided_up(head_.n, SUMMARY_COLUMNS));
   while (items_.size() < STAGES_PER_LAYER) items_.emplace_back();
   for (int i = 0; i < STAGES_PER_LAYER; i++) items_[i].reset();

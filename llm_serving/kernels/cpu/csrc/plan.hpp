@@ -79,8 +79,8 @@ class Plan {
   void begin(const StepTokens& step);
   // hidden [num_tokens, hidden_size] through layers [start, stop), in place.
   void run_layers(float* hidden, int start, int stop);
-  // Rows `tokens` [count] of hidden through the last norm and the head: logits [count, vocab_size], and of
-  // each row what it amounts to.
+  // Rows `tokens` [count] of hidden through the last norm and the head: logits [count, vocab_size] unless null,
+  // and of each row what it amounts to.
   void logits(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries);
 
   bool is_profiled = false;
@@ -107,7 +107,7 @@ class Plan {
   StepTokens step_{};
   AttentionPlan attention_;
   std::deque<Items> items_;  // one for each stage of a run
-  Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_;
+  Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_, unkept_;
 };
 
 }  // namespace llm

@@ -35,11 +35,12 @@ SampledRow sample_row(const SamplingKernels& kernels, float* logits, float* adju
                       void* scratch) {
   bool finite = std::isfinite(row.max);
   if (!finite) {
-    blank(logits, width);
+    if (logits != nullptr) blank(logits, width);
     if (adjusted != nullptr) blank(adjusted, width);
     row = {0, 0, static_cast<float>(width)};
   }
   const float log_sum = std::log(row.sum);
+  if (logits == nullptr) return {row.arg_max, 0.0f - log_sum, finite};
   const auto logprob = [&](int32_t id) { return logits[id] - row.max - log_sum; };
   const int num_top = std::min(record.num_logprobs, width);
   kernels.top(logits, width, num_top, top_ids, scratch);
