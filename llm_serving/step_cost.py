@@ -45,4 +45,4 @@ class StepCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         square = self.token_context_ms / 2e3
         linear = self.token_ms + start / 1e3 * self.token_context_ms
         divisor = linear + math.sqrt(linear**2 + 4 * square * ms)
-        return min(_ANY, int(2 * ms / divisor)) if divisor else _ANY
+        return int(min(_ANY, 2 * ms / divisor)) if divisor else _ANY

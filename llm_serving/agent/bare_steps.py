@@ -74,9 +74,9 @@ class BareSteps:
         token_context = min(token_context, per_token / middle)
         return StepCost(
             base_ms=base_ms,
-            row_ms=per_row - near * row_context,
+            row_ms=max(0.0, per_row - near * row_context),
             row_context_ms=row_context,
-            token_ms=per_token - middle * token_context,
+            token_ms=max(0.0, per_token - middle * token_context),
             token_context_ms=token_context,
         )
 
