@@ -204,7 +204,7 @@ async def run(load: Load) -> Figures:
 def _figures(
     load: Load, answers: list[Answer], long: list[Answer], first_s: float, last_s: float
 ) -> Figures:
-    gaps_ms, events = [], 0
+    gaps_ms, events = [], 0.0
     for answer in answers:
         at = np.array(answer.events_s)
         is_counted = (first_s <= at) & (at < last_s)

@@ -79,7 +79,9 @@ def serve(
     ] = None,
     max_step_stretch: Annotated[
         float | None,
-        _option("--max-step-stretch", "prompts make decode steps so many times longer; inf: any"),
+        _option(
+            "--max-step-stretch", "prompts make decode steps so many times longer, inf: any [2.5]"
+        ),
     ] = None,
     block_size: Annotated[
         int | None, _option("--block-size", "tokens of one KV-cache block [16]")
