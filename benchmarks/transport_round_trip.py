@@ -28,6 +28,7 @@ from llm_serving.agent.agent_process import AgentSettings, run_agent
 from llm_serving.config import AgentConfig
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_cost import StepCost
 from llm_serving.transport.address import parse_address
 from llm_serving.worker.agent_worker import AgentWorker
 from llm_serving.worker.launcher import Launcher
@@ -60,6 +61,7 @@ class NoModel:
         no_floats = none.astype(np.float32)
         self._columns = Columns(ids, floats, none, no_floats, finite, no_floats[:0])
         self.bare_context, self.bare_decode_ms = 0, dict[int, float]()
+        self.step_cost: StepCost | None = None
 
     def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> Columns:
         self._columns.forward_ns = time.monotonic_ns()

@@ -137,7 +137,7 @@ def info(**changed: Any) -> dict[str, Any]:
         "prepared": "abc",
         "num_threads": 2,
         "max_total_tokens": 2048,
-        "limits": {"max_num_seqs": 64, "max_num_batched_tokens": 512},
+        "limits": {"max_num_seqs": 64, "max_step_stretch": 2.5},
         "bare_decode_ms": {"context": 192, "rows": {"1": 42.0, "8": 60.0}},
         **changed,
     }

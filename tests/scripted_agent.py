@@ -23,6 +23,7 @@ import numpy as np
 from llm_serving.agent.agent_process import AgentSettings, run_agent
 from llm_serving.errors import ConfigError, InvalidRequest
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_cost import StepCost
 from llm_serving.transport.address import parse_address
 
 FOR_EVER_S = 3600.0
@@ -81,6 +82,7 @@ class ScriptedRunner:
         self.kernels = {"linear": "scripted"}
         self.num_blocks = 64 - rank
         self.bare_context, self.bare_decode_ms = 64, {1: 0.5}
+        self.step_cost: StepCost | None = StepCost(1.0, 0.5, 0.25, 0.5, 0.25)
         self._script = script
         self._rank = rank
         self._last = np.empty(0, np.int32)

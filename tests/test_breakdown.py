@@ -425,7 +425,7 @@ def test_prompts_that_delay_decoding_are_told_with_the_limit_to_change() -> None
         "prompts delay decoding: a mixed step takes 162.2 ms, a decode step 42."
     )
     assert "10 mixed steps cost" in advice
-    assert "max_num_batched_tokens (now 512)" in advice
+    assert "max_step_stretch (now 2.5)" in advice
 
 
 def with_timing(**timing: float) -> Observation:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pathlib
 import re
 
@@ -51,6 +52,15 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
     assert config.model.names == ("llama2", "llama")
 
 
+@pytest.mark.parametrize(("text", "stretch"), [("3", 3.0), ("1.5", 1.5), (".inf", math.inf)])
+def test_the_share_of_prompts_is_any_multiple_or_no_limit(
+    tmp_path: pathlib.Path, text: str, stretch: float
+) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_text(f"scheduler: {{max_step_stretch: {text}}}\n")
+    assert load_config(path).scheduler.max_step_stretch == stretch
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -58,6 +68,8 @@ def test_flags_override_the_file(tmp_path: pathlib.Path) -> None:
         ("shceduler: {}", "unknown key shceduler; did you mean scheduler?"),
         ("zzz: {}", "unknown key zzz; known: model, server"),
         ("scheduler: {max_num_seqs: 0}", "scheduler.max_num_seqs: expected `int` >= 1, found 0"),
+        ("scheduler: {max_step_stretch: 1}", "scheduler.max_step_stretch: expected `float` > 1"),
+        ("scheduler: {max_step_stretch: .nan}", "scheduler.max_step_stretch: expected `float` > 1"),
         ("server: {port: many}", "server.port: expected `int`, got `str`, found 'many'"),
         (
             "model: {dtype: int3}",

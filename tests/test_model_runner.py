@@ -196,6 +196,8 @@ def test_the_bare_model_is_timed_and_nothing_of_it_stays(twin: Twin) -> None:
     assert set(runner.bare_decode_ms) <= {1, 8}
     assert runner.bare_decode_ms[1] > 0
     assert runner.bare_context > 0
+    assert runner.step_cost is not None
+    assert runner.step_cost.decode_ms(1, 1) > 0
     with pytest.raises(ChannelError, match="step 1 needs the samples of step 0"):
         runner.execute(make_step(1, [Row([0], 3, [0], source=0)]), no_tick)
 

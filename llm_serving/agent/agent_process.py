@@ -89,6 +89,7 @@ def _ready(settings: AgentSettings, runner: Runner, phases: dict[str, float]) ->
         num_threads=settings.num_threads,
         bare_decode_ms=runner.bare_decode_ms,
         bare_context=runner.bare_context,
+        step_cost=runner.step_cost,
     )
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llm_serving.agent.bare_steps import time_bare_steps
 from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blocks
 from llm_serving.agent.memory import available_memory
 from llm_serving.agent.native_sampler import NativeSampler
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.agent.step_check import StepLimits, check_step
-from llm_serving.agent.warm_up import bare_decode_ms, warm_up_steps
+from llm_serving.agent.warm_up import warm_up_steps
 from llm_serving.errors import ChannelError, ConfigError
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.kernels.cpu.packed_file import PackedFile
@@ -35,6 +36,7 @@ from llm_serving.models.llama import LlamaModel
 from llm_serving.models.packed import NativePlan, NativeSteps, load_packed
 from llm_serving.models.rope import rotary_table
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_cost import StepCost
 
 __all__ = ["ModelRunner", "StepColumns"]
 
@@ -112,6 +114,7 @@ class ModelRunner:
         self._last_step_id: int | None = None
         self._last_ids = np.empty(0, np.int32)
         self.bare_context, self.bare_decode_ms = 0, dict[int, float]()
+        self.step_cost: StepCost | None = None
 
     @classmethod
     def load(
@@ -161,7 +164,7 @@ class ModelRunner:
         phase("warm up")
         runner.warm_up()
         phase("time the bare model")
-        runner.time_bare_decode()
+        runner.time_bare_steps()
         return runner
 
     def bind_thread(self) -> None:
@@ -180,14 +183,16 @@ class ModelRunner:
         for inputs in warm_up_steps(self._limits, self._max_num_seqs, self._max_num_batched_tokens):
             self._execute_alone(inputs)
 
-    def time_bare_decode(self) -> None:
-        """Find `bare_decode_ms` at `bare_context`: what this model costs on an idle machine.
+    def time_bare_steps(self) -> None:
+        """Find `bare_decode_ms` at `bare_context`, and `step_cost`: this model on an idle machine.
 
         `load` has called it.
         """
-        self.bare_context, self.bare_decode_ms = bare_decode_ms(
+        bare = time_bare_steps(
             self._execute_alone, self._limits, self._max_num_seqs, self._max_num_batched_tokens
         )
+        self.bare_context, self.bare_decode_ms = bare.context, bare.decode_ms
+        self.step_cost = bare.cost
 
     def _execute_alone(self, inputs: StepInputs) -> None:
         self.execute(inputs, _ignore_tick)

@@ -30,6 +30,7 @@ from llm_serving.protocol import (
     Stop,
 )
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_cost import StepCost
 from llm_serving.step_packing import ResultColumns, pack_result, unpack_inputs
 from llm_serving.transport.arena import Arena, TensorRef
 from llm_serving.transport.blocking import BlockingChannel
@@ -60,6 +61,7 @@ class Runner(Protocol):
     kernels: dict[str, str]
     bare_decode_ms: dict[int, float]  # rows -> a decode step with nothing around it
     bare_context: int  # tokens that each of those rows could see
+    step_cost: StepCost | None
 
     def execute(self, inputs: StepInputs, tick: Callable[[], None]) -> Columns:
         """Run one step; `inputs` are views of shared memory, read-only and void on return."""

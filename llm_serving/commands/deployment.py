@@ -163,6 +163,7 @@ class Deployment:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_num_waiting=config.scheduler.max_num_waiting,
+            max_step_stretch=config.scheduler.max_step_stretch,
             prefix_caching=config.scheduler.prefix_caching,
         )
         scheduler = Scheduler(BlockPool(ready.num_blocks, ready.block_size), limits)

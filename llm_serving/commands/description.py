@@ -38,6 +38,7 @@ def fixed_facts(
         "block_size": ready.block_size,
         "limits": msgspec.to_builtins(config.scheduler),
         "bare_decode_ms": {"context": ready.bare_context, "rows": ready.bare_decode_ms},
+        "step_cost": msgspec.to_builtins(ready.step_cost),
         "versions": ready.versions,
         "version": version("llm-serving"),
         "task": 1 if dump_dir is None else 2,

@@ -27,6 +27,7 @@ from llm_serving.errors import AgentDied
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.protocol import Command, Ready, Reply
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_cost import StepCost
 from llm_serving.step_packing import INPUT_NAMES
 from llm_serving.testing import FakeAgent
 from llm_serving.transport.address import parse_address
@@ -60,6 +61,7 @@ class _FakeRunner:
     num_blocks, block_size, vocab_size = _NUM_BLOCKS, _BLOCK_SIZE, _VOCABULARY
     dtype, device = "float32", "cpu"
     bare_context = 0
+    step_cost: StepCost | None = None
 
     def __init__(self, break_at: int | None) -> None:
         self.kernels: dict[str, str] = {}

@@ -77,6 +77,12 @@ def serve(
     max_num_waiting: Annotated[
         int | None, _option("--max-num-waiting", "requests that may wait; more get 429 [1024]")
     ] = None,
+    max_step_stretch: Annotated[
+        float | None,
+        _option(
+            "--max-step-stretch", "prompts make decode steps so many times longer, inf: any [2.5]"
+        ),
+    ] = None,
     block_size: Annotated[
         int | None, _option("--block-size", "tokens of one KV-cache block [16]")
     ] = None,
@@ -138,6 +144,7 @@ def serve(
         "scheduler.max_num_seqs": max_num_seqs,
         "scheduler.max_num_batched_tokens": max_num_batched_tokens,
         "scheduler.max_num_waiting": max_num_waiting,
+        "scheduler.max_step_stretch": max_step_stretch,
         "scheduler.prefix_caching": prefix_caching,
         "kv_cache.block_size": block_size,
         "kv_cache.num_blocks": num_kv_blocks,

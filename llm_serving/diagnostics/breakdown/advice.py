@@ -151,8 +151,8 @@ def _mixed(facts: Facts) -> _Hint:
     return share, (
         f"prompts delay decoding: a mixed step takes {mixed.period.mean:.1f} ms, a decode step "
         f"{decode.period.mean:.1f}; {mixed.count} mixed steps cost {_percent(share)} of all step "
-        f"time. A smaller {facts.limit('max_num_batched_tokens')} evens the gaps out, at the price "
-        "of later first tokens"
+        f"time. A smaller {facts.limit('max_step_stretch')} evens the gaps out, at the price of "
+        "later first tokens"
     )
 
 

@@ -159,7 +159,8 @@ void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel
                      float* y, size_t ldy, Epilogue epilogue) {
   const size_t stride = activation_bytes(format, weight.k), bytes = panel_bytes(format, weight.k);
   for (int panel = panel_begin; panel < panel_end; panel++) {
-    const uint8_t* next = panel + 1 < panel_end ? weight.data + (panel + 1) * bytes : nullptr;
+    const bool is_last = (panel + 1) * PANEL >= weight.n;  // else it is probably this thread's, too
+    const uint8_t* next = is_last ? nullptr : weight.data + (panel + 1) * bytes;
     for (int r = 0; r < rows; r += ROWS)
       multiply_rows<format>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel, next,
                             y + r * ldy, ldy, epilogue);

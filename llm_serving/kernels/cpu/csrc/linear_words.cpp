@@ -193,7 +193,8 @@ void multiply_panels(const Packed& weight, const uint8_t* x, int rows, int panel
   const size_t stride = activation_bytes(weight.format, weight.k);
   const size_t bytes = panel_bytes(weight.format, weight.k);
   for (int panel = panel_begin; panel < panel_end; panel++) {
-    const uint8_t* next = panel + 1 < panel_end ? weight.data + (panel + 1) * bytes : nullptr;
+    const bool is_last = (panel + 1) * PANEL >= weight.n;  // else it is probably this thread's, too
+    const uint8_t* next = is_last ? nullptr : weight.data + (panel + 1) * bytes;
     for (int r = 0; r < rows; r += ROWS)
       multiply_rows<Op>(weight, x + r * stride, stride, rows - r < ROWS ? rows - r : ROWS, panel, next,
                         y + r * ldy, ldy, epilogue);

@@ -10,8 +10,8 @@ namespace llm {
 namespace {
 
 constexpr int FEW_ROWS = 2;       // so few are normed by every thread for itself: cheaper than a barrier
-constexpr int ROW_BLOCK = 128;    // rows of a prompt that meet a range of panels at once
-constexpr int WRITTEN_AT_ONCE = 8;
+constexpr int ROW_BLOCK = 256;    // rows of a prompt that meet a range of panels at once
+constexpr int ROWS_AT_ONCE = 4;   // that are normed, or written to the cache, by one thread
 constexpr int STAGES_PER_LAYER = 16;
 constexpr int RANGE_PANELS = SUMMARY_COLUMNS / PANEL;
 
@@ -69,9 +69,9 @@ class Plan::Worker {
     prepare(hidden, plan_.shape_.hidden_size, tokens, count, plan_.final_norm_, head.format, head.k);
     const int num_panels = divided_up(head.n, PANEL), num_ranges = divided_up(num_panels, RANGE_PANELS);
     auto* ranges = static_cast<Summary*>(plan_.ranges_.at_least(0));
-    Items& items = next_items();
+    OwnedItems& items = next_items();
     auto* unkept = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * SUMMARY_COLUMNS;
-    for (int range = items.take(); range < num_ranges; range = items.take()) {
+    for (int range; (range = items.take(thread_, num_ranges)) >= 0;) {
       const int begin = range * RANGE_PANELS, end = std::min(begin + RANGE_PANELS, num_panels);
       const int first = begin * PANEL, last = std::min(end * PANEL, head.n);
       Packed part = head;  // columns first .. last
@@ -85,13 +85,13 @@ class Plan::Worker {
         ranges[row * num_ranges + range] = plan_.kernels_.sampling.summarise(y + row * ldy, first, last);
     }
     end_stage(HEAD);
-    Items& merged = next_items();
-    for (int row = merged.take(); row < count; row = merged.take())
+    OwnedItems& merged = next_items();
+    for (int row; (row = merged.take(thread_, count)) >= 0;)
       summaries[row] = plan_.kernels_.sampling.merge(ranges + row * num_ranges, num_ranges);
   }
 
  private:
-  Items& next_items() { return plan_.items_[stage_++]; }
+  OwnedItems& next_items() { return plan_.items_[stage_++]; }
 
   void end_stage(Part part) {
     plan_.pool_.barrier();
@@ -117,12 +117,14 @@ class Plan::Worker {
       }
       plan_.kernels_.linear.quantize(format, from, size, 1, k, activations_ + row * stride);
     };
-    Items& items = next_items();
+    OwnedItems& items = next_items();
     if (is_few) {
       for (int row = 0; row < rows; row++) one(row);
       return;
     }
-    for (int row = items.take(); row < rows; row = items.take()) one(row);
+    const int num_groups = divided_up(rows, ROWS_AT_ONCE);
+    for (int group; (group = items.take(thread_, num_groups)) >= 0;)
+      for (int row = group * ROWS_AT_ONCE; row < std::min((group + 1) * ROWS_AT_ONCE, rows); row++) one(row);
     end_stage(NORM);
   }
 
@@ -132,8 +134,8 @@ class Plan::Worker {
     const int at_once = std::clamp(divided_up(num_panels * num_blocks, items_each * plan_.pool_.size()), 1, 16);
     const int num_groups = divided_up(num_panels, at_once);
     const size_t stride = plan_.kernels_.linear.activation_bytes(weight.format, weight.k);
-    Items& items = next_items();
-    for (int item = items.take(); item < num_groups * num_blocks; item = items.take()) {
+    OwnedItems& items = next_items();
+    for (int item; (item = items.take(thread_, num_groups * num_blocks)) >= 0;) {
       const int row = item / num_groups * ROW_BLOCK, panel = item % num_groups * at_once;
       plan_.kernels_.linear.multiply(weight, activations_ + row * stride, std::min(ROW_BLOCK, rows - row), panel,
                                      std::min(panel + at_once, num_panels), y + static_cast<size_t>(row) * ldy,
@@ -157,9 +159,10 @@ class Plan::Worker {
                        plan_.step_.positions,
                        plan_.step_.slots};
     const int rows = plan_.step_.num_tokens;
-    Items& items = next_items();
-    for (int first = items.take() * WRITTEN_AT_ONCE; first < rows; first = items.take() * WRITTEN_AT_ONCE)
-      plan_.kernels_.attention.write(cache, in, first, std::min(first + WRITTEN_AT_ONCE, rows));
+    OwnedItems& items = next_items();
+    const int num_groups = divided_up(rows, ROWS_AT_ONCE);
+    for (int group; (group = items.take(thread_, num_groups)) >= 0;)
+      plan_.kernels_.attention.write(cache, in, group * ROWS_AT_ONCE, std::min((group + 1) * ROWS_AT_ONCE, rows));
     end_stage(WRITE);
   }
 
@@ -175,19 +178,20 @@ class Plan::Worker {
     auto* partials = static_cast<float*>(plan_.partials_.at_least(0));
     const auto& tiles = plan_.attention_.tiles();
     const auto& splits = plan_.attention_.splits();
-    Items& items = next_items();
+    OwnedItems& items = next_items();
     const int count = static_cast<int>(tiles.size()) * cache.kv_heads;
+    const int owner = plan_.pool_.size() - 1 - thread_;  // tiles begin with a row's last tokens
     const auto item = [&](int i) { return AttentionItem{&tiles[i / cache.kv_heads], i % cache.kv_heads}; };
-    for (int i = items.take(), next; i < count; i = next) {
-      next = items.take();
-      kernels.attend(cache, plan_.step_.rows, io, item(i), item(next < count ? next : i), scratch, partials);
+    for (int i = items.take(owner, count), next; i >= 0; i = next) {
+      next = items.take(owner, count);
+      kernels.attend(cache, plan_.step_.rows, io, item(i), item(next >= 0 ? next : i), scratch, partials);
     }
     end_stage(ATTEND);
     if (splits.empty()) return;
-    Items& combined = next_items();
-    for (size_t i = combined.take(); i < splits.size() * cache.kv_heads; i = combined.take())
-      kernels.combine(cache, io, tiles.data(), splits[i / cache.kv_heads], static_cast<int>(i % cache.kv_heads),
-                      partials);
+    OwnedItems& combined = next_items();
+    const int num_combined = static_cast<int>(splits.size()) * cache.kv_heads;
+    for (int i; (i = combined.take(owner, num_combined)) >= 0;)
+      kernels.combine(cache, io, tiles.data(), splits[i / cache.kv_heads], i % cache.kv_heads, partials);
     end_stage(ATTEND);
   }
 
@@ -226,7 +230,7 @@ void Plan::begin(const StepTokens& step) {
 
 void Plan::run_layers(float* hidden, int start, int stop) {
   const size_t stages = static_cast<size_t>(stop - start) * STAGES_PER_LAYER;
-  while (items_.size() < stages) items_.emplace_back();
+  while (items_.size() < stages) items_.emplace_back(pool_.size());
   for (size_t i = 0; i < stages; i++) items_[i].reset();
   pool_.run([&](int thread) {
     Worker worker(*this, thread);
@@ -242,7 +246,7 @@ void Plan::logits(const float* hidden, const int32_t* tokens, int count, float* 
   activations_.at_least(static_cast<size_t>(count) * activation_bytes_);
   if (logits == nullptr) unkept_.at_least(sizeof(float) * pool_.size() * count * SUMMARY_COLUMNS);
   ranges_.at_least(sizeof(Summary) * count * divided_up(head_.n, SUMMARY_COLUMNS));
-  while (items_.size() < STAGES_PER_LAYER) items_.emplace_back();
+  while (items_.size() < STAGES_PER_LAYER) items_.emplace_back(pool_.size());
   for (int i = 0; i < STAGES_PER_LAYER; i++) items_[i].reset();
   pool_.run([&](int thread) { Worker(*this, thread).run_head(hidden, tokens, count, logits, summaries); });
 }

@@ -106,7 +106,7 @@ class Plan {
 
   StepTokens step_{};
   AttentionPlan attention_;
-  std::deque<Items> items_;  // one for each stage of a run
+  std::deque<OwnedItems> items_;  // one for each stage of a run
   Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_, unkept_;
 };
 

@@ -47,4 +47,35 @@ class Items {
   alignas(64) std::atomic<int> next_{0};
 };
 
+// The same, but each thread has a range of its own, and takes from the others' only when that is done: what it
+// wrote for a row, or read of a weight, is then mostly in its own cache.
+class OwnedItems {
+ public:
+  explicit OwnedItems(int num_threads) : ranges_(num_threads) {}
+
+  void reset() {
+    for (Range& range : ranges_) range.taken.store(0, std::memory_order_relaxed);
+  }
+
+  // An item of 0 .. count - 1, or -1 when none is left; `count` must be the same for all.
+  int take(int thread, int count) {
+    const int threads = static_cast<int>(ranges_.size());
+    for (int i = 0; i < threads; i++) {
+      const int owner = (thread + i) % threads;
+      const int64_t begin = int64_t{count} * owner / threads, end = int64_t{count} * (owner + 1) / threads;
+      std::atomic<int>& taken = ranges_[owner].taken;
+      if (i > 0 && taken.load(std::memory_order_relaxed) >= end - begin) continue;
+      const int64_t item = begin + taken.fetch_add(1, std::memory_order_relaxed);
+      if (item < end) return static_cast<int>(item);
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Range {
+    std::atomic<int> taken{0};
+  };
+  std::vector<Range> ranges_;
+};
+
 }  // namespace llm

@@ -1,0 +1,67 @@
+"""What still fits into the step that is being scheduled: tokens, and milliseconds of prompt.
+
+Rows that have one token to go are decode rows: somebody waits for their next id, and they are
+limited by the number of tokens only.  Longer rows (prompts, and what is computed again) may
+stretch the step to a multiple of what its decode rows cost alone; the first of them takes what it
+can use of that, at least one block, and once one was cut, those behind it wait.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from llm_serving.master.request import Request
+from llm_serving.step_cost import StepCost
+
+__all__ = ["StepBudget"]
+
+
+class StepBudget:
+    def __init__(self, num_tokens: int) -> None:
+        """Only the number of tokens counts, until `share` is called."""
+        self._num_tokens = num_tokens
+        self._cost: StepCost | None = None
+        self._spare_ms = 0.0  # what longer rows may still add
+        self._least = 0  # tokens that the first of them gets, whatever they cost
+
+    def share(
+        self, running: Iterable[Request], cost: StepCost, stretch: float, block_size: int
+    ) -> None:
+        """Limit longer rows beside the decode rows of `running`, if there are any."""
+        num_rows = num_context_tokens = 0
+        for request in running:
+            if request.num_schedulable == 1:
+                num_rows += 1
+                num_context_tokens += request.num_scheduled_tokens + 1
+        if num_rows and math.isfinite(stretch):
+            self._cost = cost
+            self._spare_ms = (stretch - 1) * cost.decode_ms(num_rows, num_context_tokens)
+            self._least = block_size
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a newcomer's first token would fit."""
+        return self._num_tokens > 0 and self._longest(0) > 0
+
+    def fit(self, request: Request) -> int:
+        """Tokens of the request that the step can take."""
+        wanted = request.num_schedulable
+        if wanted > 1:
+            wanted = min(wanted, self._longest(request.num_scheduled_tokens))
+        return min(wanted, self._num_tokens)
+
+    def spend(self, request: Request, num_tokens: int) -> None:
+        """So many are about to be taken."""
+        self._num_tokens -= num_tokens
+        if self._cost is None or request.num_schedulable == 1:
+            return
+        self._least = 0
+        self._spare_ms -= self._cost.chunk_ms(request.num_scheduled_tokens, num_tokens)
+        if num_tokens < request.num_schedulable:
+            self._spare_ms = 0.0
+
+    def _longest(self, start: int) -> int:
+        if self._cost is None:
+            return self._num_tokens
+        return max(self._least, self._cost.tokens_within(self._spare_ms, start))
