@@ -24,7 +24,8 @@ from llm_serving.errors import (
     ConfigError,
     Unavailable,
 )
-from llm_serving.protocol import Executed, Failed, Pong, StepTimes
+from llm_serving.protocol import Executed, Failed, Pong, ResultSizes, StepTimes
+from llm_serving.transport.arena import TensorRef
 from llm_serving.transport.call_log import CallLog
 from llm_serving.transport.shared_memory import SharedMemory
 from llm_serving.worker.agent_worker import AgentWorker
@@ -36,6 +37,7 @@ from llm_serving.worker.traffic import Traffic
 from tests.deployment import SCRIPTED, Deployment, lives, segments, sources, step, until
 from tests.scripted_agent import NUM_LOGITS
 
+NOTHING, NOWHERE = ResultSizes(0, 0, 0, 0), TensorRef(0, 0, 0, "int32", (0,))
 Deploy = Callable[..., Coroutine[Any, Any, Deployment]]
 
 
@@ -318,10 +320,10 @@ async def test_an_answer_for_another_epoch_or_to_no_question_is_refused(deploy: 
     assert worker._segments is not None
     answers = Answers(worker._group, worker._segments, worker._flights, worker.traffic)
     for reply, match in (
-        (Executed(2, 1, StepTimes(), {}), "step 2 out of turn"),
+        (Executed(2, 1, StepTimes(), NOTHING, NOWHERE), "step 2 out of turn"),
         (Failed(2, "internal", ""), "step 2 out of turn"),
         (Pong(1), "nobody had asked"),
-        (Executed(1, 9, StepTimes(), {}), "epoch 9"),
+        (Executed(1, 9, StepTimes(), NOTHING, NOWHERE), "epoch 9"),
     ):
         with pytest.raises(ChannelError, match=match):
             answers.take(0, reply)

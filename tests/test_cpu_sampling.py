@@ -16,11 +16,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from llm_serving.agent.native_sampler import NativeSampler
 from llm_serving.agent.philox import uniforms
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
+from llm_serving.kernels.cpu.layout import SUMMARY_DTYPE
 from llm_serving.kernels.cpu.native import native as load_native
 from llm_serving.step_arrays import StepInputs
+from llm_serving.step_packing import INPUT_NAMES
 
 native = load_native()
 torch.set_num_threads(1)
@@ -153,6 +156,67 @@ def test_logits_near_the_end_of_float32_are_finite(isa: str) -> None:
         got, want = ours(logits, params, isa), theirs(logits, params)
         assert got.finite.all()
         np.testing.assert_array_equal(got.token_ids, want.token_ids)
+
+
+def summed_up(logits: Floats) -> np.ndarray:
+    """What a plan says of such rows."""
+    found = np.empty(len(logits), SUMMARY_DTYPE)
+    found["max"], found["arg_max"] = logits.max(1), logits.argmax(1)
+    found["sum"] = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True)).sum(1)
+    found["max"][~np.isfinite(logits).all(1)] = np.nan
+    return found.view(np.uint8).reshape(len(logits), -1)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("width", [3, 5000])
+def test_what_is_known_of_a_row_is_not_worked_out_again(isa: str, width: int) -> None:
+    logits = coarse(5, width)
+    logits[3, 1] = np.inf
+    greedy = [SamplingParams()] * 5
+    want = ours(logits, greedy, isa, 2)
+    for has_logits in (True, False):
+        got = ours(logits, greedy, isa, 2, summaries=summed_up(logits), has_logits=has_logits)
+        np.testing.assert_array_equal(got.token_ids, want.token_ids)
+        np.testing.assert_array_equal(got.finite, [True, True, True, False, True])
+        np.testing.assert_allclose(got.logprobs, want.logprobs, atol=4e-6)
+    lie = summed_up(logits).view(SUMMARY_DTYPE)
+    lie["arg_max"], lie["sum"] = 2, np.exp(1)  # so that who looks is found out
+    got = ours(logits, greedy, isa, summaries=lie.view(np.uint8), has_logits=False)
+    assert got.token_ids[[0, 1, 2, 4]].tolist() == [2] * 4
+    np.testing.assert_allclose(got.logprobs[[0, 1, 2, 4]], -1, atol=1e-6)
+    drawn = [SamplingParams(temperature=0.9, seed=i, num_logprobs=2) for i in range(5)]
+    with pytest.raises(ValueError, match="only greedy rows"):
+        ours(logits, drawn, isa, summaries=summed_up(logits), has_logits=False)
+    with pytest.raises(ValueError, match="either logits or summaries"):
+        ours(logits, greedy, isa, has_logits=False)
+    got = ours(logits, drawn, isa, summaries=summed_up(logits))
+    np.testing.assert_array_equal(got.token_ids, ours(logits, drawn, isa).token_ids)
+
+
+def step_of(params: SamplingParams, **more: Any) -> StepInputs:
+    nothing = np.zeros(0, np.int32)
+    given = dict.fromkeys(INPUT_NAMES, nothing) | {"sampling": records([SamplingParams(), params])}
+    return StepInputs(1, **{**given, **more})
+
+
+@pytest.mark.parametrize(
+    ("params", "more", "needs"),
+    [
+        ({}, {}, False),
+        ({"seed": 2**63 + 5, "sample_index": 3}, {}, False),
+        ({"temperature": 1.0}, {}, True),
+        ({"num_logprobs": 1}, {}, True),
+        ({"repetition_penalty": 1.1}, {}, True),
+        ({"presence_penalty": 0.1}, {}, True),
+        ({"frequency_penalty": -0.1}, {}, True),
+        ({}, {"bias_rows": np.zeros(1, np.int32)}, True),
+        ({}, {"wanted_logits": np.zeros(1, np.int32)}, True),
+    ],
+)
+def test_only_a_step_whose_rows_are_all_plainly_greedy_does_without_logits(
+    params: dict[str, Any], more: dict[str, Any], needs: bool
+) -> None:
+    assert NativeSampler.needs_logits(step_of(SamplingParams(**params), **more)) is needs
 
 
 # ---------------------------------------------------------------- draws

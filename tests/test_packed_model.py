@@ -121,6 +121,25 @@ def test_logits_are_the_reference_librarys(
     )
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("vocab_size", [97, 2048, 5003])
+def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
+    vocab_size: int, num_threads: int, tmp_path: pathlib.Path
+) -> None:
+    twin = build_twin(tmp_path, "llama", **{**SIZES, "vocab_size": vocab_size})
+    runner = Runner(twin.card, pack(twin, "float32", tmp_path), num_threads=num_threads)
+    hidden = torch.randn(7, twin.card.config.hidden_size)
+    rows = np.array([6, 0, 3], np.int32)
+    logits = torch.empty(3, vocab_size)
+    kept, unkept = runner.plan.head(hidden, rows, logits), runner.plan.head(hidden, rows, None)
+    assert kept.tobytes() == unkept.tobytes()
+    assert torch.equal(logits, runner.model.logits(hidden)[rows])
+    np.testing.assert_array_equal(kept["max"], logits.max(1).values)
+    np.testing.assert_array_equal(kept["arg_max"], logits.argmax(1))
+    total = torch.exp(logits.double() - logits.max(1, keepdim=True).values).sum(1)
+    np.testing.assert_allclose(kept["sum"], total, rtol=1e-5)
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", ATOL)

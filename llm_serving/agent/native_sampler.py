@@ -20,10 +20,8 @@ from llm_serving.step_arrays import StepInputs
 __all__ = ["NativeSampler"]
 
 _GREEDY = np.frombuffer(SamplingParams().record(), np.int32)
-_NAMES = SAMPLING_DTYPE.names or ()
-_ASKED = slice(  # all that changes a token or adds to it; seeds do nothing to a greedy row
-    *(SAMPLING_DTYPE.fields[name][1] // 4 for name in ("temperature", "sample_index"))  # type: ignore[index]
-)
+_FIRST, _LAST = (list(SAMPLING_DTYPE.names or ()).index(n) for n in ("temperature", "num_logprobs"))
+_ASKED = slice(_FIRST + 1, _LAST + 2)  # words: all that changes a greedy token, the seed has two
 
 
 class NativeSampler:
