@@ -126,7 +126,8 @@ def test_logits_are_the_reference_librarys(
 def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
     vocab_size: int, num_threads: int, tmp_path: pathlib.Path
 ) -> None:
-    twin = build_twin(tmp_path, "llama", **{**SIZES, "vocab_size": vocab_size})
+    sizes: dict[str, Any] = {**SIZES, "vocab_size": vocab_size}
+    twin = build_twin(tmp_path, "llama", **sizes)
     runner = Runner(twin.card, pack(twin, "float32", tmp_path), num_threads=num_threads)
     hidden = torch.randn(7, twin.card.config.hidden_size)
     rows = np.array([6, 0, 3], np.int32)

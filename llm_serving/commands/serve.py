@@ -72,7 +72,9 @@ def serve(
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
-        _option("--max-num-batched-tokens", "tokens of one step; longer prompts are chunked [1024]"),
+        _option(
+            "--max-num-batched-tokens", "tokens of one step; longer prompts are chunked [1024]"
+        ),
     ] = None,
     max_num_waiting: Annotated[
         int | None, _option("--max-num-waiting", "requests that may wait; more get 429 [1024]")
