@@ -36,9 +36,9 @@ INPUT_NAMES = StepInputs.__struct_fields__[1:]  # without step_id
 RECORD_WORDS = SAMPLING_DTYPE.itemsize // WORD.itemsize
 _NUM_ARRAYS = len(INPUT_NAMES)
 _FLOAT, _BOOL = np.dtype(np.float32), np.dtype(np.bool_)
-_INPUT_DTYPES = dict.fromkeys(INPUT_NAMES, WORD)
+_INPUT_DTYPES: dict[str, np.dtype[Any]] = dict.fromkeys(INPUT_NAMES, WORD)
 _INPUT_DTYPES |= {"sampling": SAMPLING_DTYPE, "bias_values": _FLOAT}
-_COLUMN_DTYPES = {
+_COLUMN_DTYPES: dict[str, np.dtype[Any]] = {
     "token_ids": WORD,
     "logprobs": _FLOAT,
     "top_ids": WORD,

@@ -73,7 +73,7 @@ def serve(
     max_num_batched_tokens: Annotated[
         int | None,
         _option(
-            "--max-num-batched-tokens", "tokens of one step; longer prompts are chunked [1024]"
+            "--max-num-batched-tokens", "tokens of one step; a longer prompt is chunked [1024]"
         ),
     ] = None,
     max_num_waiting: Annotated[
