@@ -60,7 +60,8 @@ class Found:
 def ask(program: pathlib.Path, model: str, base: str, chunk: int, num_threads: int) -> Found:
     """Run it on a model file against a base file.  Raises ConfigError if it cannot."""
     words = [str(program), "--model", model, "--kl-divergence", "--kl-divergence-base", base]
-    words += [f"--ctx-size={chunk}", f"--batch-size={chunk}", f"--threads={num_threads}"]
+    for flag, value in (("ctx-size", chunk), ("batch-size", chunk), ("threads", num_threads)):
+        words += [f"--{flag}", str(value)]
     try:
         done = subprocess.run(words, capture_output=True, text=True)
     except OSError as exc:

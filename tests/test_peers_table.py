@@ -124,13 +124,13 @@ def test_the_start_script_serves_this_checkout_as_it_is_told(tmp_path: pathlib.P
     """A python that prints what it was given stands for the venv's."""
     fake = tmp_path / "bin" / "python"
     fake.parent.mkdir()
-    fake.write_text('#!/bin/sh\necho "$PYTHONPATH" "$@"\n')
+    fake.write_text('#!/bin/sh\necho "$PYTHONPATH" "$PYTHONSAFEPATH" "$@"\n')
     fake.chmod(0o755)
     env = os.environ | {"PEER_MODEL": "m.gguf", "PEER_PORT": "7", "PEER_SEQS": "4"}
     env |= {"PEER_ARGS": "--weights int8", "PEER_CTX": "64"}
     words = ["bash", str(FOLDER / "ours.sh"), str(tmp_path)]
     done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
     assert done.stdout == (
-        f"{FOLDER.parents[1]} -m llm_serving serve --model m.gguf --served-name model --port 7"
+        f"{FOLDER.parents[1]} 1 -m llm_serving serve --model m.gguf --served-name model --port 7"
         " --max-num-seqs 4 --max-model-len 64 --num-kv-blocks 16 --weights int8\n"
     )

@@ -6,7 +6,7 @@
 set -euo pipefail
 home=${1:?venv}
 PYTHONPATH=$(cd "$(dirname "$0")/../.." && pwd)
-export PYTHONPATH
+export PYTHONPATH PYTHONSAFEPATH=1  # this checkout's package, wherever the script is called from
 seqs=${PEER_SEQS:-32}
 context=${PEER_CTX:-1024}
 exec "$home/bin/python" -m llm_serving serve --model "${PEER_MODEL:?}" --served-name model \
