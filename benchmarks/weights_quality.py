@@ -136,7 +136,8 @@ def log_softmax(logits: Floats) -> Floats:
     """Of each row; the sum is in float64."""
     shifted = logits - logits.max(1, keepdims=True)
     log_sums = np.log(np.exp(shifted).sum(1, keepdims=True, dtype=np.float64))
-    return shifted - log_sums.astype(np.float32)
+    log_probs: Floats = shifted - log_sums.astype(np.float32)
+    return log_probs
 
 
 def read_chunks(card: ModelCard, text: str, most: int) -> Ids:
