@@ -83,13 +83,15 @@ def multiply(isa: str, weight: Any, x: Array, pool: Any = POOL, n: int = 0) -> A
 
 
 def quantised_blocks(x: Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """int8 by blocks of 32, symmetric; the values, and the scale of each block."""
+    """int8 by blocks of 32, whose largest becomes -128; the values, and the scale of each block."""
     blocks = x.reshape(len(x), -1, 32)
-    most = np.abs(blocks).max(axis=2, keepdims=True)
+    high, low = blocks.max(axis=2, keepdims=True), blocks.min(axis=2, keepdims=True)
+    most = np.where(high >= -low, high, low)
     with np.errstate(divide="ignore"):
-        inverse = np.where(most > 0, np.float32(127) / most, np.float32(0))
-    scale = most / np.float32(127)
-    return np.rint(blocks * inverse).astype(np.float64), scale.astype(np.float64)
+        inverse = np.where(most != 0, np.float32(-128) / most, np.float32(0))
+    scale = most / np.float32(-128)
+    quants = np.minimum(np.rint(blocks * inverse), 127)
+    return quants.astype(np.float64), scale.astype(np.float64)
 
 
 def expected(
@@ -237,6 +239,22 @@ def test_int8_is_exact_at_the_ends_of_its_range(isa: str) -> None:
     for x, sign in [(np.ones((2, k), np.float32), 1), (-np.ones((2, k), np.float32), -1)]:
         y = multiply(isa, weight, x)
         np.testing.assert_allclose(y, [[sign * k, -sign * k]] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("format", BLOCKS)
+def test_blocks_of_activations_are_as_fine_as_int8_allows(isa: str, format: str) -> None:
+    """The largest of a block is -128 steps, whatever its sign; its opposite can only be 127."""
+    rng = np.random.default_rng(9)
+    weight, raw = random_packed(rng, format, 40, 64)
+    for least, most in [(-1.0, 0.5), (-0.5, 1.0), (-1.0, 1.0)]:
+        x = rng.uniform(least, most, (3, 64)).astype(np.float32)
+        x[:, [3, 40]], x[:, [20, 63]] = least, most
+        quants, scale = quantised_blocks(x)
+        assert np.abs(quants).max() == 128
+        assert np.abs(scale).max() == 1 / 128
+        y, allowed = expected(format, raw, x)
+        assert (np.abs(multiply(isa, weight, x) - y) <= allowed).all(), (least, most)
 
 
 @pytest.mark.parametrize("source", ["BF16", *BLOCKS])

@@ -49,18 +49,22 @@ void quantize_row(const float* x, int k, int8_t* to, RowScale* row) {
   row->sum = sum_i32(total);
 }
 
-// Symmetric, one scale for each block of 32; correction: see layout.hpp.
+// One scale for each block of 32, whose sign makes the largest -128: a finer step than 127 gives, and its
+// opposite, where there is one, becomes 127.  Correction: see layout.hpp.
 void quantize_blocks(Format format, const float* x, int k, int8_t* to, float* scales, void* corrections) {
   for (int b = 0; b < k / BLOCK; b++, x += BLOCK, to += BLOCK) {
     const F32 left = load(x), right = load(x + LANES);
     const F32 finite = fma(left, zero(), mul(right, zero()));
-    const float most = largest(max(absolute(left), absolute(right)));
-    const float inverse = most > 0 ? 127.0f / most : 0.0f;
-    const I32 p = to_int(mul(left, set1(inverse))), q = to_int(mul(right, set1(inverse)));
+    const float size = largest(max(absolute(left), absolute(right)));
+    const float most = any_equal(max(left, right), set1(size)) ? size : -size;
+    const float inverse = size > 0 ? -128.0f / most : 0.0f;
+    const I32 limit = set1_i32(127);
+    const I32 p = min_i32(to_int(mul(left, set1(inverse))), limit);
+    const I32 q = min_i32(to_int(mul(right, set1(inverse))), limit);
     pack_i8(to, p);
     pack_i8(to + LANES, q);
     const int32_t total = sum_i32(add_i32(p, q));  // of a block that is not finite: anything
-    scales[b] = most / 127.0f + sum(finite);
+    scales[b] = most / -128.0f + sum(finite);
     if (format == Format::q4_1)
       static_cast<float*>(corrections)[b] = scales[b] * static_cast<float>(total);
     else

@@ -46,6 +46,10 @@ LLM_INLINE F32 absolute(F32 v) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, v.lo), _mm256_andnot_ps(sign, v.hi)};
 }
+LLM_INLINE bool any_equal(F32 a, F32 b) {
+  const __m256 low = _mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ), high = _mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ);
+  return _mm256_movemask_ps(_mm256_or_ps(low, high)) != 0;
+}
 LLM_INLINE __m256 low(F32 v) { return v.lo; }
 LLM_INLINE __m256 high(F32 v) { return v.hi; }
 

@@ -26,6 +26,7 @@ LLM_INLINE F32 select_less(F32 a, F32 b, F32 x, F32 y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }
 LLM_INLINE F32 absolute(F32 v) { return _mm512_abs_ps(v); }
+LLM_INLINE bool any_equal(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) != 0; }
 LLM_INLINE __m256 low(F32 v) { return _mm512_castps512_ps256(v); }
 LLM_INLINE __m256 high(F32 v) { return _mm512_extractf32x8_ps(v, 1); }
 
