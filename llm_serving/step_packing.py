@@ -70,7 +70,9 @@ def pack_inputs(inputs: StepInputs) -> tuple[InputSizes, list[Words]]:
 
     Raises ChannelError for an array of another dtype.
     """
-    tables = inputs.block_tables
+    tables, sampling, biases = inputs.block_tables, inputs.sampling, inputs.bias_values
+    if sampling.dtype != SAMPLING_DTYPE or biases.dtype != _FLOAT:
+        raise _wrong_dtype(inputs, _INPUT_DTYPES)
     arrays = [
         inputs.input_ids,
         inputs.positions,
@@ -81,13 +83,13 @@ def pack_inputs(inputs: StepInputs) -> tuple[InputSizes, list[Words]]:
         inputs.sources,
         inputs.adapter_ids,
         inputs.logit_positions,
-        inputs.sampling.view(WORD),
+        sampling.view(WORD),
         inputs.history_starts,
         inputs.history_ids,
         inputs.history_prompt_lens,
         inputs.bias_rows,
         inputs.bias_ids,
-        inputs.bias_values.view(WORD),
+        biases.view(WORD),
         inputs.wanted_logits,
     ]
     for array in arrays:

@@ -107,7 +107,7 @@ async def test_calls_and_bytes_are_counted_as_they_travel(deploy: Deploy) -> Non
     small = 2 * (3 * 4 + 1)  # ids, logprobs and nothing of tops for each of two samples; finite
     assert 2 * NUM_LOGITS < traffic.memory_bytes_received <= 2 * small + 4 * NUM_LOGITS
     assert traffic.memory_bytes_sent > 2 * len(step(1, 1).__struct_fields__) * 4
-    assert traffic.frame_bytes_sent > before.frame_bytes_sent + 2 * 100
+    assert traffic.frame_bytes_sent > before.frame_bytes_sent + 2 * 50
     assert traffic.frame_bytes_received > before.frame_bytes_received + 2 * 50
 
 
@@ -256,11 +256,11 @@ async def test_an_agent_that_fails_every_step_is_replaced(deploy: Deploy) -> Non
         {"bias_values": np.zeros(0, np.int32)},
     ],
 )
-async def test_an_array_of_the_wrong_kind_fails_its_step_only(
+async def test_an_array_of_the_wrong_kind_does_not_travel(
     deploy: Deploy, fields: dict[str, Any]
 ) -> None:
     deployed = await deploy()
-    with pytest.raises(ChannelError, match="came with"):
+    with pytest.raises(ChannelError, match="cannot travel"):
         await deployed.worker.submit(step(1, 1, **fields))
     assert await deployed.run(1, step_id=2) == [2]
 
