@@ -224,17 +224,17 @@ def test_the_bits_do_not_depend_on_chunks_company_threads_or_splitting(
         assert (again[row].view(np.uint32) == expected[row].view(np.uint32)).all()
 
 
-@pytest.mark.parametrize(("count", "num_splits"), [(1, 1), (40, 2)])  # one a tile of tokens
+@pytest.mark.parametrize("count", [1, 32])  # one tile of tokens
 @pytest.mark.parametrize("isa", ISAS)
 def test_splitting_a_few_tokens_with_a_long_context_does_not_change_their_bits(
-    isa: str, count: int, num_splits: int
+    isa: str, count: int
 ) -> None:
     world, start = World(Model(), [1], [3000]), 3000 - count
     world.step(isa, native.Pool(1), [(0, 0, start)])
     (alone,) = world.step(isa, native.Pool(1), [(0, start, 3000)])
     assert world.num_splits == 0
     (split,) = world.step(isa, native.Pool(2), [(0, start, 3000)])
-    assert world.num_splits == num_splits
+    assert world.num_splits == 1
     assert (alone.view(np.uint32) == split.view(np.uint32)).all()
 
 

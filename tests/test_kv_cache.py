@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 
 import pytest
 import torch
@@ -50,6 +51,24 @@ def test_blocks_are_as_many_as_may_be_used_and_as_memory_allows(
         block_size=16,
     )
     assert found == expected
+
+
+@pytest.mark.skipif(
+    not pathlib.Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="this kernel has no huge pages",
+)
+def test_a_cache_on_the_cpu_asks_for_huge_pages() -> None:
+    cache = KvCache(CONFIG, 4096, 16, torch.float32, CPU)
+    start = cache.tensor.data_ptr()
+    assert start % (2 << 20) == 0
+    found, is_mine = "", False
+    for line in pathlib.Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            begin, end = (int(place, 16) for place in line.split()[0].split("-"))
+            is_mine = begin <= start < end
+        elif is_mine and line.startswith("VmFlags:"):
+            found = line
+    assert " hg" in found
 
 
 def test_each_layer_sees_its_own_part_of_one_tensor() -> None:

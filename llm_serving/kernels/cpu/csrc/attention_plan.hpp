@@ -13,8 +13,9 @@ constexpr int tile_tokens(int queries_per_kv_head) {
 }
 
 // Work items are tiles x kv heads: item i is tile i / kv_heads, kv head i % kv_heads; the last
-// tokens of a row come first, as they cost most.  A few tokens with a long context are split by pieces
-// where that keeps the threads busy, which does not change a bit of the result.  Keeps its memory from step to step.
+// tokens of a row come first, as they cost most.  The tiles of a row are of one size; a single one with a
+// long context is split by pieces where that keeps the threads busy.  No division changes a bit of the
+// result.  Keeps its memory from step to step.
 class AttentionPlan {
  public:
   void make(const Rows&, int heads, int kv_heads, int head_dim, int num_threads);
