@@ -80,8 +80,10 @@ class Runner:
         self._blocks = np.random.default_rng(1).permutation(NUM_BLOCKS).astype(np.int32)
         self._num_layers = card.config.num_hidden_layers
 
-    def logits(self, ids: Sequence[int], chunks: Sequence[int]) -> torch.Tensor:
-        """Of every position, computed `chunks[i]` tokens at a time."""
+    def logits(
+        self, ids: Sequence[int], chunks: Sequence[int], lasting: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Of every position, `chunks[i]` tokens at a time; of a chunk, only of `lasting`."""
         found, start = [], 0
         for count in chunks:
             positions = np.arange(start, start + count, dtype=np.int32)
@@ -92,6 +94,7 @@ class Runner:
                 np.array([0, count], np.int32),
                 np.array([start + count], np.int32),
                 self._blocks[None],
+                None if lasting is None else np.array(lasting, np.int32),
             )
             hidden = self.model.embed(torch.tensor(ids[start : start + count]))
             hidden = self.model.run_layers(hidden, step, 0, self._num_layers)
@@ -119,6 +122,31 @@ def test_logits_are_the_reference_librarys(
     torch.testing.assert_close(
         runner.logits(IDS, [70]), twin.logits(IDS), atol=ATOL[weights], rtol=0
     )
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lasting", [[], [0], [34], [0, 1, 17, 34], list(range(1, 35))])
+def test_the_last_layer_follows_only_tokens_that_last_and_gives_them_the_same_bits(
+    twin: Twin, lasting: list[int], dtype: torch.dtype, num_threads: int, tmp_path: pathlib.Path
+) -> None:
+    file = pack(twin, "int8", tmp_path)
+    whole = Runner(twin.card, file, dtype=dtype).logits(IDS, [35, 35])
+    runner = Runner(twin.card, file, dtype=dtype, num_threads=num_threads)
+    some = runner.logits(IDS, [35, 35], lasting)
+    at = [*lasting, *(35 + i for i in lasting)]
+    assert torch.equal(some[at], whole[at])
+    others = [i for i in range(70) if i not in at]
+    assert not others or not torch.equal(some[others], whole[others])
+
+
+@pytest.mark.parametrize("lasting", [[35], [-1], [3, 3], [4, 2]])
+def test_tokens_that_are_not_of_the_step_cannot_last(
+    twin: Twin, lasting: list[int], tmp_path: pathlib.Path
+) -> None:
+    runner = Runner(twin.card, pack(twin, "float32", tmp_path))
+    with pytest.raises(ValueError, match="lasting must rise within the step's tokens"):
+        runner.logits(IDS, [35, 35], lasting)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -208,13 +208,7 @@ class ModelRunner:
         check_step(inputs, self._limits)
         ids = self._input_ids(inputs)
         with torch.inference_mode():
-            step = self._steps.build(
-                inputs.positions,
-                inputs.slots,
-                inputs.query_starts,
-                inputs.context_lens,
-                inputs.block_tables,
-            )
+            step = self._begin(inputs)
             forward_ns = time.monotonic_ns()
             hidden = self._run_layers(ids, step, tick)
             if self._native is None:
@@ -237,6 +231,12 @@ class ModelRunner:
             sample_ns=sample_ns,
             sampled_ns=sampled_ns,
         )
+
+    def _begin(self, inputs: StepInputs) -> StepContext:
+        rows = (inputs.query_starts, inputs.context_lens, inputs.block_tables)
+        if isinstance(self._steps, NativeSteps):
+            return self._steps.build(inputs.positions, inputs.slots, *rows, inputs.logit_positions)
+        return self._steps.build(inputs.positions, inputs.slots, *rows)
 
     def _sample_natively(
         self, plan: NativePlan, sampler: NativeSampler, hidden: torch.Tensor, inputs: StepInputs

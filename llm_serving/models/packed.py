@@ -171,6 +171,7 @@ class NativePlan:
         mine = [caches[index] for index in self._place]
         addresses = [(keys.data_ptr(), values.data_ptr()) for keys, values in mine]
         self._plan.set_cache(addresses, len(caches[0][0]) // block_size)
+        self.has_every_layer = len(self._place) == len(model.layers)
         self.has_head = isinstance(model.head, PackedLinear)
         if isinstance(model.head, PackedLinear):
             self._plan.set_head(_numbers(model.norm), model.head.packed)
@@ -309,10 +310,14 @@ class NativeSteps:
         query_starts: Ints,
         context_lens: Ints,
         block_tables: Ints,
+        lasting: Ints | None = None,
     ) -> NativeStep:
-        """The arrays may be read-only, and must stay as they are until the step has run."""
+        """The arrays may be read-only, and must stay as they are until the step has run.
+
+        `lasting`: the only tokens whose hidden states are wanted after the last layer, rising.
+        """
         arrays = (positions, slots, query_starts, context_lens, block_tables)
-        self._plan.native.begin(*arrays)
+        self._plan.native.begin(*arrays, lasting if self._plan.has_every_layer else None)
         return NativeStep(self._kernels, self._table, self._caches, self._block_size, arrays)
 
 

@@ -99,17 +99,24 @@ class BoundPlan {
   }
 
   void begin(Vector<int32_t> positions, Vector<int32_t> slots, Vector<int32_t> query_starts,
-             Vector<int32_t> context_lens, Matrix<int32_t> block_tables) {
+             Vector<int32_t> context_lens, Matrix<int32_t> block_tables, std::optional<Vector<int32_t>> lasting) {
     const int num_tokens = static_cast<int>(positions.size()), num_rows = static_cast<int>(context_lens.size());
     require_size(slots.size(), num_tokens, "slots");
     require_size(query_starts.size(), num_rows + 1, "query_starts");
     require(static_cast<int>(block_tables.shape(0)) == num_rows, "block_tables must have a row for each context_len");
-    step_ = {positions, slots, query_starts, context_lens, block_tables};
+    const int num_lasting = lasting ? static_cast<int>(lasting->size()) : 0;
+    for (int i = 0; i < num_lasting; i++)
+      require(lasting->data()[i] < num_tokens && lasting->data()[i] > (i > 0 ? lasting->data()[i - 1] : -1),
+              "lasting must rise within the step's tokens");
+    require(num_rows == 0 || query_starts.data()[num_rows] == num_tokens, "query_starts must end with the tokens");
+    step_ = {positions, slots, query_starts, context_lens, block_tables, lasting};
     plan_.begin({num_tokens,
                  positions.data(),
                  slots.data(),
                  {num_rows, query_starts.data(), context_lens.data(), block_tables.data(),
-                  static_cast<int>(block_tables.shape(1))}});
+                  static_cast<int>(block_tables.shape(1))},
+                 num_lasting > 0 ? lasting->data() : lasting ? &no_token_ : nullptr,
+                 num_lasting});
   }
 
   void run_layers(Hidden hidden, int start, int stop) {
@@ -156,6 +163,7 @@ class BoundPlan {
   struct Arrays {
     Vector<int32_t> positions, slots, query_starts, context_lens;
     Matrix<int32_t> block_tables;
+    std::optional<Vector<int32_t>> lasting;
   };
 
   Packed weight(const nb::object& object, int n, int k, const char* what) {
@@ -167,6 +175,7 @@ class BoundPlan {
 
   void keep(nb::object object) { kept_.push_back(std::move(object)); }
 
+  const int32_t no_token_ = 0;
   std::vector<nb::object> kept_;
   Plan plan_;
   int max_model_len_, num_blocks_ = 0;
@@ -194,7 +203,9 @@ void bind_plan(nb::module_& m) {
       .def("set_head", &BoundPlan::set_head, "norm"_a, "head"_a)
       .def("set_cache", &BoundPlan::set_cache, "layers"_a, "num_blocks"_a)
       .def("begin", &BoundPlan::begin, "positions"_a, "slots"_a, "query_starts"_a, "context_lens"_a, "block_tables"_a,
-           "The step that run_layers works on from now; the arrays must not change meanwhile.")
+           "lasting"_a = nb::none(),
+           "The step that run_layers works on from now; the arrays must not change meanwhile.  If lasting [..] is\n"
+           "given, the model's last layer follows only these tokens, and of the others nothing is left.")
       .def("run_layers", &BoundPlan::run_layers, "hidden"_a, "start"_a, "stop"_a,
            "hidden [tokens, hidden_size] float32 through layers [start, stop), in place.")
       .def("logits", &BoundPlan::logits, "hidden"_a, "tokens"_a, "logits"_a.none(), "summaries"_a,

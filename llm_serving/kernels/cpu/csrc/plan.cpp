@@ -44,24 +44,40 @@ class Plan::Worker {
  public:
   Worker(Plan& plan, int thread) : plan_(plan), thread_(thread), began_(plan.is_profiled ? now_ns() : 0) {}
 
-  void run_layer(float* hidden, const LayerWeights& layer, const Cache& cache) {
+  void run_layer(float* hidden, const LayerWeights& layer, const Cache& cache, const Followed& followed) {
     const ModelShape& shape = plan_.shape_;
-    const int rows = plan_.step_.num_tokens, size = shape.hidden_size;
+    const int size = shape.hidden_size;
     const int query_size = shape.num_heads * shape.head_dim, kv_size = shape.num_kv_heads * shape.head_dim;
     auto* projected = static_cast<float*>(plan_.projected_.at_least(0));
     auto* attended = static_cast<float*>(plan_.attended_.at_least(0));
     auto* inner = static_cast<float*>(plan_.inner_.at_least(0));
 
-    prepare(hidden, size, nullptr, rows, layer.input_norm, layer.qkv.format, size);
-    multiply(layer.qkv, rows, projected, query_size + 2 * kv_size, Epilogue::store, QKV);
+    prepare(hidden, size, nullptr, plan_.step_.num_tokens, layer.input_norm, layer.qkv.format, size);
+    multiply(layer.qkv, plan_.step_.num_tokens, projected, query_size + 2 * kv_size, Epilogue::store, QKV);
     write(layer, cache, projected, query_size, kv_size);
-    attend(cache, projected, attended, query_size + 2 * kv_size, query_size);
+    const int rows = followed.num_tokens;
+    float* const given = hidden;
+    if (followed.tokens != nullptr) {
+      auto* queries = static_cast<float*>(plan_.followed_.at_least(0));
+      hidden = queries + static_cast<size_t>(rows) * query_size;
+      move(followed, projected, query_size + 2 * kv_size, queries, query_size, query_size);
+      move(followed, given, size, hidden, size, size);
+      end_stage(WRITE);
+      projected = queries;
+    }
+    const int query_stride = followed.tokens != nullptr ? query_size : query_size + 2 * kv_size;
+    attend(followed, cache, projected, attended, query_stride, query_size);
     prepare(attended, query_size, nullptr, rows, nullptr, layer.out.format, query_size);
     multiply(layer.out, rows, hidden, size, Epilogue::add, OUT);
     prepare(hidden, size, nullptr, rows, layer.post_norm, layer.gate_up.format, size);
     multiply(layer.gate_up, rows, inner, shape.intermediate_size, Epilogue::silu_mul, GATE_UP);
     prepare(inner, shape.intermediate_size, nullptr, rows, nullptr, layer.down.format, shape.intermediate_size);
     multiply(layer.down, rows, hidden, size, Epilogue::add, DOWN);
+    if (followed.tokens == nullptr) return;
+    if (thread_ == 0)
+      for (int i = 0; i < rows; i++)
+        std::copy_n(hidden + static_cast<size_t>(i) * size, size, given + static_cast<size_t>(followed.tokens[i]) * size);
+    end_stage(DOWN);
   }
 
   void run_head(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
@@ -99,6 +115,13 @@ class Plan::Worker {
     const int64_t now = now_ns();
     plan_.spent_ns[part] += now - began_;
     began_ = now;
+  }
+
+  // The rows of x that are followed, close together.
+  void move(const Followed& followed, const float* x, size_t stride, float* to, size_t to_stride, int size) {
+    OwnedItems& items = next_items();
+    for (int i; (i = items.take(thread_, followed.num_tokens)) >= 0;)
+      std::copy_n(x + followed.tokens[i] * stride, size, to + i * to_stride);
   }
 
   // Rows of x (all, or those of `tokens`), normed if there are weights, into what `format` multiplies with.
@@ -166,7 +189,7 @@ class Plan::Worker {
     end_stage(WRITE);
   }
 
-  void attend(const Cache& cache, const float* query, float* out, int query_stride, int out_stride) {
+  void attend(const Followed& followed, const Cache& cache, const float* query, float* out, int query_stride, int out_stride) {
     const auto& kernels = plan_.kernels_.attention;
     const Attended io{query,
                       static_cast<size_t>(query_stride),
@@ -176,15 +199,15 @@ class Plan::Worker {
                       1.0f / std::sqrt(static_cast<float>(cache.head_dim))};
     uint8_t* scratch = plan_.own_memory(thread_) + plan_.scratch_offset_;
     auto* partials = static_cast<float*>(plan_.partials_.at_least(0));
-    const auto& tiles = plan_.attention_.tiles();
-    const auto& splits = plan_.attention_.splits();
+    const auto& tiles = followed.attention.tiles();
+    const auto& splits = followed.attention.splits();
     OwnedItems& items = next_items();
     const int count = static_cast<int>(tiles.size()) * cache.kv_heads;
     const int owner = plan_.pool_.size() - 1 - thread_;  // tiles begin with a row's last tokens
     const auto item = [&](int i) { return AttentionItem{&tiles[i / cache.kv_heads], i % cache.kv_heads}; };
     for (int i = items.take(owner, count), next; i >= 0; i = next) {
       next = items.take(owner, count);
-      kernels.attend(cache, plan_.step_.rows, io, item(i), item(next >= 0 ? next : i), scratch, partials);
+      kernels.attend(cache, followed.rows, io, item(i), item(next >= 0 ? next : i), scratch, partials);
     }
     end_stage(ATTEND);
     if (splits.empty()) return;
@@ -220,12 +243,42 @@ void Plan::begin(const StepTokens& step) {
   step_ = step;
   const size_t rows = step.num_tokens;
   const int query_size = shape_.num_heads * shape_.head_dim, kv_size = shape_.num_kv_heads * shape_.head_dim;
-  attention_.make(step.rows, shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, pool_.size());
-  partials_.at_least(attention_.num_partial_floats() * 4);
+  all_.num_tokens = step.num_tokens;
+  all_.tokens = nullptr;
+  all_.rows = step.rows;
+  all_.attention.make(step.rows, shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, pool_.size());
+  partials_.at_least(all_.attention.num_partial_floats() * 4);
+  find_lasting();
   projected_.at_least(rows * (query_size + 2 * kv_size) * 4);
   attended_.at_least(rows * query_size * 4);
   inner_.at_least(rows * shape_.intermediate_size * 4);
   activations_.at_least(rows * activation_bytes_);
+}
+
+// Rows of the tokens that last, one token each: a token sees what lies before it and nothing else of its row.
+void Plan::find_lasting() {
+  end_.tokens = nullptr;
+  if (step_.lasting == nullptr || step_.num_lasting == step_.num_tokens) return;
+  const Rows& rows = step_.rows;
+  const int count = step_.num_lasting, width = rows.table_width;
+  end_starts_.resize(count + 1);
+  end_contexts_.resize(count);
+  end_tables_.resize(static_cast<size_t>(count) * width);
+  for (int i = 0, row = 0; i < count; i++) {
+    const int token = step_.lasting[i];
+    while (rows.query_starts[row + 1] <= token) row++;
+    end_starts_[i] = i;
+    end_contexts_[i] = rows.context_lens[row] - (rows.query_starts[row + 1] - 1 - token);
+    std::copy_n(rows.block_tables + static_cast<size_t>(row) * width, width,
+                end_tables_.begin() + static_cast<size_t>(i) * width);
+  }
+  end_starts_[count] = count;
+  end_.num_tokens = count;
+  end_.tokens = step_.lasting;
+  end_.rows = {count, end_starts_.data(), end_contexts_.data(), end_tables_.data(), width};
+  end_.attention.make(end_.rows, shape_.num_heads, shape_.num_kv_heads, shape_.head_dim, pool_.size());
+  partials_.at_least(end_.attention.num_partial_floats() * 4);
+  followed_.at_least(static_cast<size_t>(count) * (shape_.num_heads * shape_.head_dim + shape_.hidden_size) * 4);
 }
 
 void Plan::run_layers(float* hidden, int start, int stop) {
@@ -237,7 +290,7 @@ void Plan::run_layers(float* hidden, int start, int stop) {
     for (int i = start; i < stop; i++) {
       const Cache cache{caches_[i].first,     caches_[i].second, shape_.block_size,
                         shape_.num_kv_heads, shape_.head_dim,   shape_.bf16_cache};
-      worker.run_layer(hidden, layers_[i], cache);
+      worker.run_layer(hidden, layers_[i], cache, is_last(i) ? end_ : all_);
     }
   });
 }

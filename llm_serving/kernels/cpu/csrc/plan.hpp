@@ -38,6 +38,8 @@ struct StepTokens {
   const int32_t* positions;  // [num_tokens]
   const int32_t* slots;      // [num_tokens]
   Rows rows;
+  const int32_t* lasting;  // [num_lasting] the tokens that somebody wants of the model's end, rising; null: all
+  int num_lasting;
 };
 
 // Grows, never shrinks; aligned to 64 bytes, not cleared.
@@ -77,7 +79,8 @@ class Plan {
 
   // The step that `run_layers` works on from now.
   void begin(const StepTokens& step);
-  // hidden [num_tokens, hidden_size] through layers [start, stop), in place.
+  // hidden [num_tokens, hidden_size] through layers [start, stop), in place.  In the model's last layer only
+  // keys and values of all tokens are needed: what it leaves of tokens that are not lasting means nothing.
   void run_layers(float* hidden, int start, int stop);
   // Rows `tokens` [count] of hidden through the last norm and the head: logits [count, vocab_size] unless null,
   // and of each row what it amounts to.
@@ -104,10 +107,23 @@ class Plan {
   size_t activation_bytes_ = 0;  // of the widest row in any format
   size_t few_offset_, scratch_offset_, own_bytes_;
 
+  // Whose queries a layer follows: all tokens, or those that last, close together.
+  struct Followed {
+    int num_tokens;
+    const int32_t* tokens;  // of the step; null: all
+    Rows rows;
+    AttentionPlan attention;
+  };
+
+  bool is_last(int layer) const { return layer + 1 == num_layers() && end_.tokens != nullptr; }
+  void find_lasting();
+
   StepTokens step_{};
-  AttentionPlan attention_;
+  Followed all_, end_;
+  std::vector<int32_t> end_starts_, end_contexts_, end_tables_;
   std::deque<OwnedItems> items_;  // one for each stage of a run
-  Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_, unkept_;
+  Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_, unkept_,
+      followed_;
 };
 
 }  // namespace llm
