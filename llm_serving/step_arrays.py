@@ -39,7 +39,7 @@ class StepInputs(msgspec.Struct, frozen=True, gc=False):
     block_tables: Ints  # [num_rows, width] blocks of each row's context, padded with -1
     sources: Ints  # [num_rows] the previous step's sample that is the row's input; -1: id known
     adapter_ids: Ints  # [num_rows] reserved; 0 is the base model
-    logit_positions: Ints  # [num_samples] the tokens whose logits are sampled
+    logit_positions: Ints  # [num_samples] the tokens whose logits are sampled, rising
     sampling: npt.NDArray[Any]  # [num_samples] SAMPLING_DTYPE
     history_starts: Ints  # [num_samples + 1] whose ids a sample's penalties see; empty: none
     history_ids: Ints  # prompt and known output; an id still in flight is added by the agent

@@ -8,6 +8,7 @@ that do not add up to what is there are a ChannelError.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -35,6 +36,8 @@ WORD = np.dtype(np.int32)
 INPUT_NAMES = StepInputs.__struct_fields__[1:]  # without step_id
 RECORD_WORDS = SAMPLING_DTYPE.itemsize // WORD.itemsize
 _NUM_ARRAYS = len(INPUT_NAMES)
+_TABLES, _SAMPLING, _BIASES = map(INPUT_NAMES.index, ("block_tables", "sampling", "bias_values"))
+_ARRAYS = attrgetter(*INPUT_NAMES)
 _FLOAT, _BOOL = np.dtype(np.float32), np.dtype(np.bool_)
 _INPUT_DTYPES: dict[str, np.dtype[Any]] = dict.fromkeys(INPUT_NAMES, WORD)
 _INPUT_DTYPES |= {"sampling": SAMPLING_DTYPE, "bias_values": _FLOAT}
@@ -70,28 +73,12 @@ def pack_inputs(inputs: StepInputs) -> tuple[InputSizes, list[Words]]:
 
     Raises ChannelError for an array of another dtype.
     """
+    arrays: list[Any] = list(_ARRAYS(inputs))
     tables, sampling, biases = inputs.block_tables, inputs.sampling, inputs.bias_values
     if sampling.dtype != SAMPLING_DTYPE or biases.dtype != _FLOAT:
         raise _wrong_dtype(inputs, _INPUT_DTYPES)
-    arrays = [
-        inputs.input_ids,
-        inputs.positions,
-        inputs.slots,
-        inputs.query_starts,
-        inputs.context_lens,
-        tables.ravel(),
-        inputs.sources,
-        inputs.adapter_ids,
-        inputs.logit_positions,
-        sampling.view(WORD),
-        inputs.history_starts,
-        inputs.history_ids,
-        inputs.history_prompt_lens,
-        inputs.bias_rows,
-        inputs.bias_ids,
-        biases.view(WORD),
-        inputs.wanted_logits,
-    ]
+    arrays[_TABLES], arrays[_BIASES] = tables.ravel(), biases.view(WORD)
+    arrays[_SAMPLING] = sampling.view(WORD)
     for array in arrays:
         if array.dtype != WORD:
             raise _wrong_dtype(inputs, _INPUT_DTYPES)
@@ -100,26 +87,22 @@ def pack_inputs(inputs: StepInputs) -> tuple[InputSizes, list[Words]]:
 
 def unpack_inputs(step_id: int, sizes: InputSizes, words: Words) -> StepInputs:
     """Views of `words`.  Raises ChannelError for sizes that are not those of a step."""
+    if words.dtype != WORD or words.ndim != 1:
+        raise ChannelError(f"a step in {words.dtype} {words.shape}, not a row of int32")
     arrays: list[Any] = []
     begin = 0
     for size in sizes.words:
         end = begin + size
         arrays.append(words[begin:end])
         begin = end
-    if (
-        len(arrays) != _NUM_ARRAYS
-        or min(sizes.words) < 0
-        or begin != len(words)
-        or words.dtype != WORD
-        or words.ndim != 1
-    ):
+    if len(arrays) != _NUM_ARRAYS or begin != len(words):
         raise ChannelError(f"a step of {_NUM_ARRAYS} arrays with the sizes {sizes.words}")
     try:
-        arrays[5] = arrays[5].reshape(-1, sizes.table_width)
-        arrays[9] = arrays[9].view(SAMPLING_DTYPE)
+        arrays[_TABLES] = arrays[_TABLES].reshape(-1, sizes.table_width)
+        arrays[_SAMPLING] = arrays[_SAMPLING].view(SAMPLING_DTYPE)
     except ValueError as exc:
         raise ChannelError(f"a step with the sizes {sizes}: {exc}") from exc
-    arrays[15] = arrays[15].view(_FLOAT)
+    arrays[_BIASES] = arrays[_BIASES].view(_FLOAT)
     return StepInputs(step_id, *arrays)
 
 
@@ -160,7 +143,7 @@ def unpack_result(
     n, width = sizes.num_samples, sizes.num_top
     num_logits, vocab_size = sizes.num_logits, sizes.vocab_size
     num_words = n * (3 + 2 * width) + num_logits * vocab_size
-    if min(n, width, num_logits, vocab_size) < 0 or words.shape != (num_words,):
+    if words.shape != (num_words,):
         raise ChannelError(f"a result of {words.shape} words with the sizes {sizes}")
     if words.dtype != WORD:
         raise ChannelError(f"a result of {words.dtype}, not of int32")

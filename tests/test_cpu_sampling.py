@@ -206,6 +206,7 @@ def step_of(params: SamplingParams, **more: Any) -> StepInputs:
     [
         ({}, {}, False),
         ({"seed": 2**63 + 5, "sample_index": 3}, {}, False),
+        ({"top_k": 5, "top_p": 0.5, "min_p": 0.1, "typical_p": 0.5}, {}, False),
         ({"temperature": 1.0}, {}, True),
         ({"num_logprobs": 1}, {}, True),
         ({"repetition_penalty": 1.1}, {}, True),

@@ -20,8 +20,9 @@ from llm_serving.step_arrays import StepInputs
 __all__ = ["NativeSampler"]
 
 _GREEDY = np.frombuffer(SamplingParams().record(), np.int32)
-_FIRST, _LAST = (list(SAMPLING_DTYPE.names or ()).index(n) for n in ("temperature", "num_logprobs"))
-_ASKED = slice(_FIRST + 1, _LAST + 2)  # words: all that changes a greedy token, the seed has two
+_WORD_OF = {name: place // 4 for name, (_, place) in (SAMPLING_DTYPE.fields or {}).items()}
+# What makes of a greedy row another: not its seed, nor filters, which leave the likeliest.
+_ASKED = [_WORD_OF["temperature"], *range(_WORD_OF["repetition_penalty"], _WORD_OF["sample_index"])]
 
 
 class NativeSampler:

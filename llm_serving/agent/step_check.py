@@ -30,11 +30,14 @@ class StepLimits:
 
 def check_step(inputs: StepInputs, limits: StepLimits) -> None:
     num_tokens, num_rows = len(inputs.input_ids), len(inputs.context_lens)
+    if num_rows == 0:
+        raise ChannelError("context_lens has no entries: a step has at least one row")
     _check_length("positions", inputs.positions, num_tokens)
     _check_length("slots", inputs.slots, num_tokens)
     _check_length("query_starts", inputs.query_starts, num_rows + 1)
     _check_length("block_tables", inputs.block_tables, num_rows)
     _check_length("sources", inputs.sources, num_rows)
+    _check_length("adapter_ids", inputs.adapter_ids, num_rows)
     _check_range("input_ids", inputs.input_ids, limits.vocab_size)
     _check_range("positions", inputs.positions, limits.max_model_len)
     _check_range("slots", inputs.slots, limits.num_blocks * limits.block_size)
@@ -60,6 +63,8 @@ def _check_samples(inputs: StepInputs, limits: StepLimits) -> None:
     num_samples, num_biases = len(inputs.sampling), len(inputs.bias_rows)
     _check_length("logit_positions", inputs.logit_positions, num_samples)
     _check_range("logit_positions", inputs.logit_positions, len(inputs.input_ids))
+    if (inputs.logit_positions[1:] <= inputs.logit_positions[:-1]).any():
+        raise ChannelError("logit_positions must rise")
     _check_length("history_starts", inputs.history_starts, num_samples + 1)
     _check_length("history_prompt_lens", inputs.history_prompt_lens, num_samples)
     starts = inputs.history_starts

@@ -108,7 +108,9 @@ class BoundPlan {
     for (int i = 0; i < num_lasting; i++)
       require(lasting->data()[i] < num_tokens && lasting->data()[i] > (i > 0 ? lasting->data()[i - 1] : -1),
               "lasting must rise within the step's tokens");
-    require(num_rows == 0 || query_starts.data()[num_rows] == num_tokens, "query_starts must end with the tokens");
+    require(query_starts.data()[num_rows] == num_tokens, "query_starts must end with the tokens");
+    for (int i = 0; i < num_tokens; i++)
+      require(positions.data()[i] >= 0 && positions.data()[i] < max_model_len_, "positions must be below max_model_len");
     step_ = {positions, slots, query_starts, context_lens, block_tables, lasting};
     plan_.begin({num_tokens,
                  positions.data(),

@@ -32,14 +32,14 @@ class RowSampler {
               const std::optional<Input>& is_adjusted, const Input& records, const Input& positions,
               const std::optional<Input>& summaries, const Array& ids, const Array& logprobs, const Array& finite,
               const Array& top_ids, const Array& top_logprobs) {
-    const auto n = static_cast<int64_t>(ids.shape(0));
+    const uint8_t* packed = data_of<const uint8_t>(records, "records", {-1, sizeof(SamplingRecord)});
+    const auto n = static_cast<int64_t>(records.shape(0));
     float* rows = logits ? data_of<float>(*logits, "logits", {n, width_}) : nullptr;
     const uint8_t* known = summaries ? data_of<const uint8_t>(*summaries, "summaries", {n, sizeof(Summary)}) : nullptr;
     require(rows != nullptr || known != nullptr, "either logits or summaries must be there");
     float* other = adjusted ? data_of<float>(*adjusted, "adjusted", {n, width_}) : nullptr;
     const uint8_t* flags = is_adjusted ? data_of<const uint8_t>(*is_adjusted, "is_adjusted", {n}) : nullptr;
     require((other == nullptr) == (flags == nullptr), "adjusted and is_adjusted go together");
-    const uint8_t* packed = data_of<const uint8_t>(records, "records", {n, sizeof(SamplingRecord)});
     const int32_t* places = data_of<const int32_t>(positions, "positions", {n});
     int32_t* id = data_of<int32_t>(ids, "ids", {n});
     float* logprob = data_of<float>(logprobs, "logprobs", {n});

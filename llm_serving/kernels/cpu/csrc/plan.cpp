@@ -86,7 +86,9 @@ class Plan::Worker {
     const int num_panels = divided_up(head.n, PANEL), num_ranges = divided_up(num_panels, RANGE_PANELS);
     auto* ranges = static_cast<Summary*>(plan_.ranges_.at_least(0));
     OwnedItems& items = next_items();
-    auto* unkept = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * SUMMARY_COLUMNS;
+    float* unkept = nullptr;
+    if (logits == nullptr)
+      unkept = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * SUMMARY_COLUMNS;
     for (int range; (range = items.take(thread_, num_ranges)) >= 0;) {
       const int begin = range * RANGE_PANELS, end = std::min(begin + RANGE_PANELS, num_panels);
       const int first = begin * PANEL, last = std::min(end * PANEL, head.n);

@@ -14,8 +14,9 @@ namespace llm {
 
 class Pool {
  public:
-  // `cpus`: worker i runs on cpus[i] only; empty: wherever the system puts it.  Two threads that wait for each other on one processor do so at every barrier, and as one of
-  // them always sleeps, the system sees nothing to balance (docs/decisions/0008).
+  // `cpus`: worker i runs on cpus[i] only; empty: wherever the system puts it.  Two threads that wait for each
+  // other on one processor do so at every barrier, and as one of them always sleeps, the system sees nothing to
+  // balance (docs/decisions/0008).
   Pool(int size, int spin_us, const std::vector<int>& cpus = {});
   ~Pool();
   Pool(const Pool&) = delete;

@@ -19,7 +19,8 @@ struct SampledRow {
   bool finite;    // false: some valid id, nothing else counts
 };
 
-// `logits` [width] are the model's and are zeroed if they are not finite; null: `row` is all that is asked for.  `adjusted` [width] are they after
+// `logits` [width] are the model's and are zeroed if they are not finite; null: `row` is all that is asked for.
+// `adjusted` [width] are they after
 // biases and penalties, or null if the row asks for none (zeroed too if nothing is left to choose from).
 // `row` is what `logits` amount to.  `position` is that of the drawn token.  Writes record.num_logprobs
 // alternatives (at most `width`), likeliest first.
