@@ -132,21 +132,25 @@ class BareModel:
         return found
 
     def needs(self, shape: Shape) -> dict[str, Need]:
-        """What cannot be avoided: weights, keys and values once, and every multiply-add."""
+        """What the step needs: weights, keys and values once, and every multiply-add.
+
+        After its keys and values the last layer follows only the tokens that are sampled, the last
+        of each row, as the head does.
+        """
         config, tokens = self.config, shape.num_rows * shape.num_tokens
+        layers = config.num_hidden_layers
+        followed = (tokens * (layers - 1) + shape.num_rows) / layers  # mean of the layers
+        times = {"qkv": tokens, "head": shape.num_rows}
         found = {
-            name: replace(need, operations=need.operations * tokens)
+            name: replace(need, operations=need.operations * times.get(name, followed))
             for name, need in self._linears().items()
         }
-        found["head"] = replace(
-            found["head"], operations=found["head"].operations / shape.num_tokens
-        )
         before = shape.context - shape.num_tokens
         pairs = shape.num_tokens * before + shape.num_tokens * (shape.num_tokens + 1) / 2
-        heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+        all_pairs = (layers - 1) * pairs + shape.context
         found["attend"] = Need(
             shape.num_rows * shape.context * self.bytes_per_token,
-            4.0 * heads * pairs * shape.num_rows,
+            4.0 * config.num_attention_heads * config.head_dim * all_pairs * shape.num_rows,
             _LIMITS[self.card.dtype],
         )
         found["write"] = Need(tokens * self.bytes_per_token)

@@ -20,11 +20,10 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import re
 import statistics
 
 from bare_model import BareModel, Shape, prepared_card
-from servers import Disturbance, Server
+from servers import WORDS, Disturbance, Server
 
 from llm_serving.agent.bare_loop import BLOCK_SIZE
 from llm_serving.server.tokenizer import Tokenizer
@@ -33,12 +32,6 @@ SYSTEM, SUFFIXES = 1000, (32, 128)
 CONTEXTS, ROWS = (192, 1024, 4096, 8192), (1, 8)
 TARGET = 1.2
 TWO_TOKENS: dict[str, object] = {"max_new_tokens": 2, "ignore_eos": True}
-WORDS = re.findall(  # a token each, with a space before it
-    r"\w+",
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work government "
-    "number night point home water room mother area money story fact month lot right study book",
-)
 
 
 class Prompts:

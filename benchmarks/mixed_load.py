@@ -1,7 +1,8 @@
 """Do long prompts make others wait?  Gaps between tokens of closed-loop streams, with and without.
 
-    python benchmarks/mixed_load.py [--stretch 1.5 2 3 off] [--rounds 3] [--serve "--weights int8"]
-    python benchmarks/mixed_load.py --url http://127.0.0.1:8000 --model m [--rounds 3]
+    python benchmarks/mixed_load.py [--stretch 1.5 2 2.5 3 off] [--serve "--weights int8"]
+    python benchmarks/mixed_load.py --url http://127.0.0.1:8000 --model m
+    both: [--rounds 3] [--peer-ttft MS]
 
 16 streams ask again when they are answered (128 tokens in, 128 out), and every 2 s somebody sends
 a prompt of 512 tokens.  All prompts differ.  Without --url a server of ours is started for each
@@ -14,37 +15,29 @@ OpenAI's /v1/completions is driven.  Prints for each run, and at the end as medi
     TTFT 128   of the streams, p50
 
 The streams begin with answers of different lengths, as if they had run for long, and the first
-seconds are not counted.  `--every 0` leaves the long prompts out.
+seconds are not counted.  `--every 0` leaves the long prompts out.  Last come the targets: ITL
+p99/p50, and with --peer-ttft, what a peer's TTFT p50 of the long prompts is, ours under it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import itertools
-import os
 import random
-import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
+from servers import WORDS, Call, Client, Server
 
 LONG_OUTPUT = 16  # tokens that a long prompt asks for
-WORDS = re.findall(  # a token each, in most vocabularies
-    r"\w+",
-    "time year people way day man thing woman life child world school state family student group "
-    "country problem hand part place case week company system program question work government "
-    "number night point home water room mother area money story fact month lot right study book",
-)
+RATIO = 2.5  # the target: ITL p99 / p50, at most
+ABOUT = 0.1  # the share by which a long prompt may miss its number of tokens
 
 
 class _Choice(msgspec.Struct):
@@ -62,13 +55,12 @@ class _Event(msgspec.Struct):
     error: msgspec.Raw = msgspec.Raw()
 
 
-@dataclass(slots=True)
-class Answer:
+@dataclass(frozen=True, slots=True)
+class Completion:
     asked_s: float  # on time.perf_counter, as the events
-    events_s: list[float] = field(default_factory=list)  # of those with text
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    ended: bool = False
+    events_s: list[float]  # of those with text
+    prompt_tokens: int
+    output_tokens: int
 
     @property
     def ttft_ms(self) -> float:
@@ -110,7 +102,7 @@ class Figures:
         )
 
 
-async def ask(load: Load, num_tokens: int, max_tokens: int) -> Answer:
+def ask(load: Load, num_tokens: int, max_tokens: int) -> Call:
     """One streamed answer to a prompt that nobody sent before."""
     url = urlsplit(load.url)
     request = {
@@ -122,87 +114,67 @@ async def ask(load: Load, num_tokens: int, max_tokens: int) -> Answer:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    body = msgspec.json.encode(request)
-    answer = Answer(time.perf_counter())
-    reader, writer = await asyncio.open_connection(url.hostname, url.port)
-    try:
-        head = f"POST {url.path}/v1/completions HTTP/1.1\r\nHost: {url.netloc}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-        writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
-        async for line in _lines(reader):
-            if line.startswith(b"data:") and not answer.ended:
-                _take(line[5:].strip(), answer)
-    finally:
-        writer.close()
-    if not answer.ended or not answer.events_s:
-        sys.exit("an answer ended without a token or before its end")
-    answer.output_tokens = answer.output_tokens or len(answer.events_s)
-    return answer
+    return Call(url.hostname or "", url.port or 80, f"{url.path}/v1/completions", request)
 
 
-def _take(payload: bytes, answer: Answer) -> None:
-    now_s = time.perf_counter()
-    if payload == b"[DONE]":
-        answer.ended = True
-        return
-    event = msgspec.json.decode(payload, type=_Event)
-    if bytes(event.error):
-        sys.exit(f"the server says {bytes(event.error).decode()}")
-    if event.choices and event.choices[0].text:
-        answer.events_s.append(now_s)
-    if event.usage is not None:
-        answer.prompt_tokens = event.usage.prompt_tokens
-        answer.output_tokens = event.usage.completion_tokens
+def completion(call: Call) -> Completion:
+    """What a call that has ended was answered."""
+    *payloads, last = call.payloads() or [b""]
+    if last != b"[DONE]":
+        sys.exit("an answer ended before its end")
+    events_s, usage = [], _Usage()
+    for at_s, payload in zip(call.answer.times_s, payloads, strict=False):
+        event = msgspec.json.decode(payload, type=_Event)
+        if bytes(event.error):
+            sys.exit(f"the server says {bytes(event.error).decode()}")
+        if event.choices and event.choices[0].text:
+            events_s.append(at_s)
+        usage = event.usage or usage
+    if not events_s:
+        sys.exit("an answer has no token")
+    num_tokens = usage.completion_tokens or len(events_s)
+    return Completion(call.answer.began_s, events_s, usage.prompt_tokens, num_tokens)
 
 
-async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The lines of an answer's body, as they come."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    if b" 200 " not in head.partition(b"\r\n")[0]:
-        sys.exit(f"the server answers {head.splitlines()[0].decode()}: {await reader.read(500)!r}")
-    is_chunked = b"transfer-encoding: chunked" in head.lower()
-    rest = b""
-    while data := await (_chunk(reader) if is_chunked else reader.read(65536)):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line
-
-
-async def _chunk(reader: asyncio.StreamReader) -> bytes:
-    size = int((await reader.readuntil(b"\r\n")).split(b";")[0], 16)
-    return (await reader.readexactly(size + 2))[:-2]
-
-
-async def run(load: Load) -> Figures:
+def run(load: Load) -> Figures:
     began_s = time.perf_counter()
     first_s = began_s + load.warm_up_s
     last_s = first_s + load.seconds
-    answers: list[Answer] = []
-    long: list[Answer] = []
+    client = Client()
+    calls: list[Call] = []
+    long: list[Call] = []
 
-    async def stream(i: int) -> None:
-        length = load.output * (i + 1) // load.streams
-        while time.perf_counter() < last_s:
-            answers.append(await ask(load, load.prompt, length))
-            length = load.output
+    def stream(length: int) -> None:
+        if time.perf_counter() < last_s:
+            calls.append(ask(load, load.prompt, length))
+            client.begin(calls[-1], lambda: stream(load.output))
 
-    async def probe() -> None:
-        long.append(await ask(load, load.long_prompt, LONG_OUTPUT))
+    for i in range(load.streams):
+        stream(load.output * (i + 1) // load.streams)
+    for i in itertools.count(1) if load.every_s else ():
+        due_s = began_s + i * load.every_s
+        if due_s > last_s:
+            break
+        client.read(due_s)
+        long.append(ask(load, load.long_prompt, LONG_OUTPUT))
+        client.begin(long[-1])
+    client.read()
+    probes = [completion(call) for call in long]
+    _check_length(load, probes)
+    return _figures(load, [completion(call) for call in calls], probes, first_s, last_s)
 
-    async with asyncio.TaskGroup() as tasks:
-        for i in range(load.streams):
-            tasks.create_task(stream(i))
-        for i in itertools.count(1) if load.every_s else ():
-            due_s = began_s + i * load.every_s
-            if due_s > last_s:
-                break
-            await asyncio.sleep(due_s - time.perf_counter())
-            tasks.create_task(probe())
-    return _figures(load, answers, long, first_s, last_s)
+
+def _check_length(load: Load, long: list[Completion]) -> None:
+    for found in (probe.prompt_tokens for probe in long):
+        if abs(found - load.long_prompt) > ABOUT * load.long_prompt:
+            sys.exit(
+                f"a long prompt has {found} tokens by the server's usage, not about "
+                f"{load.long_prompt}: --long counts words, a token each in most vocabularies"
+            )
 
 
 def _figures(
-    load: Load, answers: list[Answer], long: list[Answer], first_s: float, last_s: float
+    load: Load, answers: list[Completion], long: list[Completion], first_s: float, last_s: float
 ) -> Figures:
     gaps_ms, events = [], 0.0
     for answer in answers:
@@ -223,28 +195,21 @@ def _figures(
     )
 
 
-@contextmanager
-def our_server(stretch: str, flags: list[str]) -> Iterator[str]:
-    """The URL of one that runs for as long."""
-    command = [sys.executable, "-m", "llm_serving", "serve", "--port", "0", *flags]
-    command += ["--max-step-stretch", "inf" if stretch == "off" else stretch]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    )
-    try:
-        for line in process.stdout or ():
-            if found := re.match(r"ready at (\S+)", line):
-                yield found.group(1)
-                return
-        sys.exit("the server did not start")
-    finally:
-        process.terminate()
-        process.wait()
-
-
 def median_of(runs: list[Figures]) -> Figures:
     names = Figures.__slots__
     return Figures(**{n: statistics.median(getattr(r, n) for r in runs) for n in names})
+
+
+def verdicts(figures: Figures, peer_ttft: float | None) -> list[str]:
+    """One for each target that these figures decide."""
+    found = [("ITL p99/p50", figures.ratio, "<=", RATIO, figures.ratio <= RATIO)]
+    if peer_ttft is not None:
+        is_met = figures.long_p50 < peer_ttft
+        found.append(("TTFT p50 of long prompts, ms", figures.long_p50, "<", peer_ttft, is_met))
+    return [
+        f"{name} {value:.2f}, target {sign} {target:g}: {'met' if is_met else 'missed'}"
+        for name, value, sign, target, is_met in found
+    ]
 
 
 def main() -> None:
@@ -252,9 +217,10 @@ def main() -> None:
     add = parser.add_argument
     add("--url", help="a server that runs already")
     add("--model", default="llama2", help="its name for the model")
-    add("--stretch", nargs="+", default=["1.5", "2", "3", "off"])
+    add("--stretch", nargs="+", default=["1.5", "2", "2.5", "3", "off"])
     add("--serve", default="", help="further flags of our server, as one word")
     add("--rounds", type=int, default=3)
+    add("--peer-ttft", type=float, metavar="MS", help="TTFT p50 of long prompts at a peer")
     add("--streams", type=int, default=16)
     add("--every", type=float, default=2.0, help="seconds between two long prompts")
     add("--seconds", type=float, default=20.0, help="that are counted in each run")
@@ -263,6 +229,8 @@ def main() -> None:
     add("--output", type=int, default=128)
     add("--long", type=int, default=512)
     args = parser.parse_args()
+    if args.peer_ttft is not None and not args.every:
+        parser.error("--peer-ttft needs long prompts: leave out --every 0")
     runs: dict[str, list[Figures]] = {}
 
     def measure(name: str, url: str) -> None:
@@ -270,7 +238,7 @@ def main() -> None:
             *(url.rstrip("/"), args.model, args.streams, args.every, args.warm_up),
             *(args.seconds, args.prompt, args.output, args.long),
         )
-        runs.setdefault(name, []).append(asyncio.run(run(load)))
+        runs.setdefault(name, []).append(run(load))
         print(f"{name:>8}  {runs[name][-1]}", flush=True)
 
     for _ in range(args.rounds):
@@ -278,11 +246,16 @@ def main() -> None:
             measure(args.model, args.url)
             continue
         for stretch in args.stretch:
-            with our_server(stretch, shlex.split(args.serve)) as url:
-                measure(stretch, url)
+            flags = ["--max-step-stretch", "inf" if stretch == "off" else stretch]
+            with Server(*shlex.split(args.serve), *flags) as server:
+                measure(stretch, f"http://{server.host}:{server.port}")
     print("medians")
     for name, several in runs.items():
         print(f"{name:>8}  {median_of(several)}")
+    print("targets")
+    for name, several in runs.items():
+        for line in verdicts(median_of(several), args.peer_ttft):
+            print(f"{name:>8}  {line}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """A server in a process of its own, and a client of many streams at the cost of few microseconds.
 
 The client shares the processors with the server that it measures, so it is one thread over plain
-sockets: an event is a line that begins with `data:`, its time is when its bytes were read.
+sockets: an event is a line that begins with `data:`, its time is when its bytes were read, and what
+is in it is looked at after the measurement, if at all.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -15,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from urllib.request import urlopen
@@ -23,6 +25,12 @@ from urllib.request import urlopen
 _EVENT = b"\ndata:"  # JSON has no raw line break, so this is never part of one
 _TIMEOUT_S = 120.0
 _TEXT = "the quick brown fox jumps over the lazy dog and "
+WORDS = re.findall(  # a token each with a space before it, in most vocabularies
+    r"\w+",
+    "time year people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work government "
+    "number night point home water room mother area money story fact month lot right study book",
+)
 
 
 @dataclass(slots=True)
@@ -93,34 +101,58 @@ class Server:
 
     def stream(self, prompts: Sequence[str], parameters: Mapping[str, object]) -> list[Answer]:
         """One request for each prompt, all at once, `max_new_tokens` events from each."""
-        calls = [_Call(self, prompt, parameters) for prompt in prompts]
-        with selectors.DefaultSelector() as selector:
-            for call in calls:
-                call.send()
-                selector.register(call.socket, selectors.EVENT_READ, call)
-            while selector.get_map():
-                ready = selector.select(_TIMEOUT_S)
-                if not ready:
-                    sys.exit(f"no event in {_TIMEOUT_S:.0f} s")
-                for key, _ in ready:
-                    if not key.data.read():
-                        selector.unregister(key.fileobj)
+        bodies = [{"inputs": p, "parameters": {**parameters}, "stream": True} for p in prompts]
+        path = "/models/llama2/generate"
+        calls = [Call(self.host, self.port, path, body) for body in bodies]
+        client = Client()
+        for call in calls:
+            client.begin(call)
+        client.read()
         for call in calls:
             call.check(int(str(parameters["max_new_tokens"])))
         return [call.answer for call in calls]
 
 
-class _Call:
-    def __init__(self, server: Server, prompt: str, parameters: Mapping[str, object]) -> None:
-        body = json.dumps({"inputs": prompt, "parameters": {**parameters}, "stream": True})
+class Client:
+    """Reads many calls in one thread, each until its end."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+
+    def begin(self, call: Call, then: Callable[[], None] | None = None) -> None:
+        """Send it; at its end call `then`, which may begin others."""
+        call.send()
+        self._selector.register(call.socket, selectors.EVENT_READ, (call, then))
+
+    def read(self, until_s: float = math.inf) -> None:
+        """Until all have ended, or until that time on time.perf_counter."""
+        while self._selector.get_map() and (left_s := until_s - time.perf_counter()) > 0:
+            ready = self._selector.select(min(_TIMEOUT_S, left_s))
+            if not ready and left_s > _TIMEOUT_S:
+                sys.exit(f"no event in {_TIMEOUT_S:.0f} s")
+            for key, _ in ready:
+                call, then = key.data
+                if not call.read():
+                    self._selector.unregister(key.fileobj)
+                    call.close()
+                    if then is not None:
+                        then()
+
+
+class Call:
+    """One request, whose answer is a stream of events; it ends the program if it is refused."""
+
+    def __init__(self, host: str, port: int, path: str, body: Mapping[str, object]) -> None:
+        text = json.dumps(body)
         head = (
-            f"POST /models/llama2/generate HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n\r\n"
         )
-        self._request = (head + body).encode()
-        self.socket = socket.create_connection((server.host, server.port), _TIMEOUT_S)
+        self._request = (head + text).encode()
+        self.socket = socket.create_connection((host, port), _TIMEOUT_S)
         self.answer = Answer(0.0)
-        self._first, self._tail = b"", b""
+        self._received: list[bytes] = []
+        self._tail = b""
 
     def send(self) -> None:
         self.answer.began_s = time.perf_counter()
@@ -130,19 +162,37 @@ class _Call:
         """False at the end."""
         data = self.socket.recv(1 << 16)
         now = time.perf_counter()
-        self._first = self._first or data
+        self._received.append(data)
         seen = self._tail + data
         self.answer.times_s += [now] * seen.count(_EVENT)
         self._tail = seen[1 - len(_EVENT) :]
-        if not data:
-            self.socket.close()
         return bool(data)
 
+    def close(self) -> None:
+        self.socket.close()
+        if not self._received[0].startswith(b"HTTP/1.1 200 "):
+            sys.exit(f"a request failed: {self._received[0][:500]!r}")
+
     def check(self, num_events: int) -> None:
-        if not self._first.startswith(b"HTTP/1.1 200 "):
-            sys.exit(f"a request failed: {self._first[:500]!r}")
         if len(self.answer.times_s) != num_events:
             sys.exit(f"{len(self.answer.times_s)} events came instead of {num_events}")
+
+    def payloads(self) -> list[bytes]:
+        """What stands behind `data:`, of each event that has a time."""
+        head, _, body = b"".join(self._received).partition(b"\r\n\r\n")
+        if b"transfer-encoding: chunked" in head.lower():
+            body = b"".join(_chunks(body))
+        found = [line[5:].strip() for line in body.split(b"\n") if line.startswith(b"data:")]
+        self.check(len(found))
+        return found
+
+
+def _chunks(body: bytes) -> Iterator[bytes]:
+    while body:
+        size, _, rest = body.partition(b"\r\n")
+        length = int(size.split(b";")[0], 16)
+        yield rest[:length]
+        body = rest[length + 2 :] if length else b""
 
 
 def long_prompt(number: int) -> str:

@@ -15,14 +15,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 
+from bare_model import prepared_card
 from servers import Disturbance, Server, long_prompt
 
 from llm_serving.agent.bare_loop import BareLoop
-from llm_serving.prepare.cache import find_prepared
 
-MODEL, PROMPT, OUTPUT = "smollm2-135m-instruct", 128, 128
+PROMPT, OUTPUT = 128, 128
 PARAMETERS: dict[str, object] = {
     "max_new_tokens": OUTPUT,
     "ignore_eos": True,
@@ -33,12 +32,8 @@ TARGET_OF_MANY = 90
 
 
 def bare_loop(dtype: str, weights: str, num_rows: int, num_threads: int) -> BareLoop:
-    card = find_prepared(MODEL, dtype, weights) or find_prepared(MODEL, dtype)
-    if card is None:
-        flags = f"--dtype {dtype} --weights {weights}"
-        sys.exit(f"prepare it first: llm-serving prepare {MODEL} {flags}")
     return BareLoop(
-        card,
+        prepared_card(dtype, weights),
         num_rows=num_rows,
         prompt_tokens=PROMPT,
         new_tokens=OUTPUT,

@@ -16,7 +16,8 @@ import msgspec
 
 __all__ = ["StepCost"]
 
-Milliseconds = Annotated[float, msgspec.Meta(ge=0)]
+# At most 12 days: whatever is reckoned with that stays finite.
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _ANY = 1 << 30  # tokens; more than any step has
 
 

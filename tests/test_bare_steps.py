@@ -110,6 +110,15 @@ def test_nothing_is_begun_after_the_time_for_it(monkeypatch: pytest.MonkeyPatch)
     assert bare_steps.BUDGET_S * 1e3 <= spent_ms <= bare_steps.BUDGET_S * 1e3 + 200
 
 
+def test_no_longer_chunk_is_begun_after_the_time_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, StepCost(0, 0, 0, 0.05, 0))
+    machine.floor_ms = 300.0
+    bare = machine.time()
+    assert machine.seen == [(1, 191, 1), (1, 0, 32), (1, 0, 64)], "the last from 600 to 900 ms"
+    assert bare.chunk == 64
+    assert bare.cost.chunk_ms(0, 64) == pytest.approx(300.0), "what is not known counts as dear"
+
+
 def test_where_short_chunks_cost_what_the_weights_cost_longer_ones_are_timed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import msgspec
@@ -38,8 +39,17 @@ def test_without_time_nothing_fits_and_what_costs_nothing_always_does() -> None:
     assert msgspec.structs.replace(free, token_ms=5e-324).tokens_within(1, 0) > 1_000_000
 
 
-def test_a_negative_cost_is_not_believed() -> None:
-    word = msgspec.msgpack.encode({**msgspec.structs.asdict(COST), "token_ms": -1})
-    with pytest.raises(msgspec.ValidationError, match="token_ms"):
+@pytest.mark.parametrize("name", StepCost.__struct_fields__)
+@pytest.mark.parametrize("ms", [-1, 1.1e9, 1e300, math.inf, math.nan])
+def test_a_cost_that_no_step_has_is_not_believed(name: str, ms: float) -> None:
+    word = msgspec.msgpack.encode({**msgspec.structs.asdict(COST), name: ms})
+    with pytest.raises(msgspec.ValidationError, match=name):
         msgspec.msgpack.decode(word, type=StepCost)
+
+
+def test_the_dearest_cost_that_is_believed_can_be_reckoned_with() -> None:
+    dear = StepCost(1e9, 1e9, 1e9, 1e9, 1e9)
+    word = msgspec.msgpack.encode(dear)
+    assert msgspec.msgpack.decode(word, type=StepCost) == dear
+    assert dear.tokens_within(dear.decode_ms(64, 1 << 20), 1 << 20) == 1
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(COST), type=StepCost) == COST

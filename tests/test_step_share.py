@@ -22,7 +22,7 @@ def decoding(names: str = "ab", cost: StepCost | None = COST, **limits: Any) -> 
     """Some that have their first token: alone, two of them take 2 + 2 * 0.5 = 3 ms a step."""
     limits = {"num_blocks": 4096, "max_num_batched_tokens": ALL, "max_step_stretch": 2.0} | limits
     s = make(**limits)
-    s.cost = cost
+    s.reckon_with(cost)
     for name in names:
         s.add(request(name, [ord(name)], max_new_tokens=500))
     run_step(s)
@@ -60,7 +60,7 @@ def test_far_into_its_context_a_prompt_gets_fewer_tokens_and_no_later_one_what_i
     s = decoding(cost=None, block_size=2, max_num_batched_tokens=1002)
     s.add(long(num_tokens=1500))
     assert run_step(s)[0][-1] == ("long", 1000)
-    s.cost = StepCost(2, 0.5, 0, 0.25, 0.5)
+    s.reckon_with(StepCost(2, 0.5, 0, 0.25, 0.5))
     s.add(long("other"))
     assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 3)]  # 3 * (0.25 + 1.0015 * 0.5) ms
     s.finish(s.running[-1], FinishReason.ABORT)
@@ -130,6 +130,25 @@ def test_what_the_prefix_cache_has_is_not_paid_for() -> None:
         run_step(s)
     s.add(request("again", [*prompt[:92], *range(500, 508)]))
     assert run_step(s) == ([("a", 1), ("b", 1), ("again", 8)], [7, 7, 7])
+
+
+def test_nobody_is_admitted_who_begins_where_what_is_left_is_not_enough_for_a_token() -> None:
+    s = decoding("a", max_num_batched_tokens=1000)
+    prompt = list(range(1000))
+    s.add(request("first", prompt, max_new_tokens=1))
+    while len(s.running) > 1 or s.waiting:
+        run_step(s)
+    s.reckon_with(StepCost(2, 0.5, 0, 0.1, 10))
+    s.add(long("short", 7))  # 0.945 of 2.5 ms: a token at place 0 would fit, none at 992
+    hits = [request(name, [*prompt[:992], *range(500, 508)]) for name in ("one", "two")]
+    for hit in hits:
+        s.add(hit)
+    idle = s.pool.num_idle
+    assert run_step(s)[0] == [("a", 1), ("short", 7)]
+    assert [hit.status for hit in hits] == [RequestStatus.WAITING] * 2
+    assert idle - s.pool.num_idle <= 4, "blocks for the short prompt and for `a` only"
+    assert run_step(s)[0][2:] == [("one", 4)], "a block, as the first of all"
+    assert hits[1].status is RequestStatus.WAITING
 
 
 def test_what_is_computed_again_after_a_preemption_shares_like_a_prompt() -> None:

@@ -4,6 +4,9 @@
 
 Figures are medians over the rounds.  A ratio is ours to the best peer's, by their medians; with
 several rounds, in brackets, the least and the most of the rounds, each within its own round.
+The other targets come from other scripts of benchmarks/: ITL p99/p50 from mixed_load.py, HTTP
+against bare from serving_overhead.py, the roofline from roofline_cpu.py, long contexts from
+long_context.py, start and memory from start_memory.py.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class BareSteps:
     chunk: int  # tokens of a prompt chunk
     far: int  # the start of rows and chunks far away; 0: there are none
     spent_ms: dict[Shape, list[float]]
+    is_cut: bool = False  # the chunk tells little, and for a longer one there was no time
 
     @property
     def decode_ms(self) -> dict[int, float]:
@@ -67,7 +68,7 @@ class BareSteps:
         row_context = min(row_context, per_row / near)
         base_ms = max(0.0, least_ms - per_row)
         first, middle = Shape(1, 0, self.chunk), self.chunk / 2e3
-        per_token = (self._least(first) - base_ms) / self.chunk
+        per_token = (self._least(first) - (0.0 if self.is_cut else base_ms)) / self.chunk
         token_context = self._for_context(first)
         if token_context is None:
             token_context = per_token / (1 + middle)  # as much as all of the rest
@@ -116,8 +117,10 @@ def time_bare_steps(
     most = min(max_num_seqs, max_num_batched_tokens, limits.num_blocks)
     spent = {Shape(1, context - 1): [spent_on(Shape(1, context - 1))]}
     one_ms = spent[Shape(1, context - 1)][0]
-    chunk = min(CHUNK, longest)
+    chunk, is_cut = min(CHUNK, longest), False
     while (ms := spent_on(Shape(1, 0, chunk))) < TELLING * one_ms and chunk < longest:
+        if is_cut := time.monotonic() >= last_s:
+            break
         chunk = min(2 * chunk, longest)  # on a GPU short ones cost what the weights cost
     spent.setdefault(Shape(1, 0, chunk), []).append(ms)
     far = min(FAR, limits.max_model_len - chunk) // limits.block_size * limits.block_size
@@ -125,7 +128,7 @@ def time_bare_steps(
     for shape in _shapes(context, chunk, far, most) * ROUNDS:
         if time.monotonic() < last_s:
             spent.setdefault(shape, []).append(spent_on(shape))
-    return BareSteps(context, chunk, far, spent)
+    return BareSteps(context, chunk, far, spent, is_cut)
 
 
 def _shapes(context: int, chunk: int, far: int, most: int) -> list[Shape]:

@@ -41,14 +41,17 @@ class StepBudget:
 
     @property
     def has_room(self) -> bool:
-        """Whether a newcomer's first token would fit."""
+        """Whether some newcomer would fit: one that begins at its first token.  See `fit_from`."""
         return self._num_tokens > 0 and self._longest(0) > 0
 
     def fit(self, request: Request) -> int:
         """Tokens of the request that the step can take."""
-        wanted = request.num_schedulable
+        return self.fit_from(request.num_scheduled_tokens, request.num_schedulable)
+
+    def fit_from(self, start: int, wanted: int) -> int:
+        """The same for a row that begins at its token `start` and has so many to go."""
         if wanted > 1:
-            wanted = min(wanted, self._longest(request.num_scheduled_tokens))
+            wanted = min(wanted, self._longest(start))
         return min(wanted, self._num_tokens)
 
     def spend(self, request: Request, num_tokens: int) -> None:
