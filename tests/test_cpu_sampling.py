@@ -160,7 +160,7 @@ def test_logits_near_the_end_of_float32_are_finite(isa: str) -> None:
 
 def summed_up(logits: Floats) -> np.ndarray:
     """What a plan says of such rows."""
-    is_finite: npt.NDArray[np.bool_] = np.isfinite(logits).all(1)
+    is_finite = np.asarray(np.isfinite(logits).all(1))
     logits = np.where(is_finite.reshape(-1, 1), logits, 0)
     found = np.empty(len(logits), SUMMARY_DTYPE)
     found["max"], found["arg_max"] = logits.max(1), logits.argmax(1)

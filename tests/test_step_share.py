@@ -35,25 +35,34 @@ def long(name: str = "long", num_tokens: int = 100, **more: Any) -> Request:
 
 def test_a_prompt_beside_decode_rows_makes_a_step_so_many_times_longer_and_no_more() -> None:
     s = decoding()
-    s.add(long())  # 3 ms more: 12 tokens of 0.25 ms
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 12)]
+    s.add(long())  # a plain step of all three takes 3.5 ms: 4 ms more, 16 tokens of 0.25 ms
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 16)]
     s.limits = dataclasses.replace(s.limits, max_step_stretch=3)
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 24)]
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 30)]
+
+
+def test_one_who_decodes_while_many_wait_is_slowed_to_what_all_will_have_together() -> None:
+    s = decoding("a", max_num_seqs=5)
+    for name in "bcdefgh":
+        s.add(long(name, 30))
+    # five rows are as many as may run: twice 4.5 ms, less 2.5 ms for the one that decodes
+    assert run_step(s)[0] == [("a", 1), ("b", 26)]
+    assert run_step(s)[0] == [("a", 1), ("b", 4), ("c", 22)]
 
 
 def test_rows_whose_ids_are_being_sampled_decode_too() -> None:
     s = decoding()
     s.add(long())
     first, second = scheduled(s), scheduled(s)
-    assert shape(first) == shape(second) == [("a", 1), ("b", 1), ("long", 12)]
+    assert shape(first) == shape(second) == [("a", 1), ("b", 1), ("long", 16)]
     assert [row.source for row in second.rows] == [0, 1, -1]
 
 
 def test_long_contexts_of_decode_rows_make_room() -> None:
     s = decoding("a", StepCost(2, 0.5, 100, 0.25, 0))  # 2 tokens seen: 0.2 ms
     s.add(long())
-    assert run_step(s)[0] == [("a", 1), ("long", 10)]  # 2.7 ms
-    assert run_step(s)[0] == [("a", 1), ("long", 11)]  # 2.8 ms
+    assert run_step(s)[0] == [("a", 1), ("long", 16)]  # 2 * 3.4 - 2.7 ms
+    assert run_step(s)[0] == [("a", 1), ("long", 17)]  # 2 * 3.6 - 2.8 ms
 
 
 def test_far_into_its_context_a_prompt_gets_fewer_tokens_and_no_later_one_what_is_left() -> None:
@@ -62,9 +71,13 @@ def test_far_into_its_context_a_prompt_gets_fewer_tokens_and_no_later_one_what_i
     assert run_step(s)[0][-1] == ("long", 1000)
     s.reckon_with(StepCost(2, 0.5, 0, 0.25, 0.5))
     s.add(long("other"))
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 3)]  # 3 * (0.25 + 1.0015 * 0.5) ms
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("long", 6)]  # 6 * (0.25 + 1.003 * 0.5) of 5 ms
     s.finish(s.running[-1], FinishReason.ABORT)
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("other", 11)]  # 11 * (0.25 + 0.0055 * 0.5) ms
+    assert run_step(s)[0] == [
+        ("a", 1),
+        ("b", 1),
+        ("other", 15),
+    ]  # 15 * (0.25 + 0.0075 * 0.5) of 4 ms
 
 
 def test_without_decode_rows_prompts_take_the_whole_step() -> None:
@@ -73,7 +86,7 @@ def test_without_decode_rows_prompts_take_the_whole_step() -> None:
     s.add(long("second"))
     assert run_step(s)[0] == [("first", ALL)]
     assert run_step(s)[0] == [("first", 36), ("second", 28)]
-    assert run_step(s)[0] == [("first", 1), ("second", 10)], "2.5 ms more for one decode row"
+    assert run_step(s)[0] == [("first", 1), ("second", 14)], "2 * 3 - 2.5 ms"
 
 
 def test_a_prompt_gets_a_block_whatever_it_costs() -> None:
@@ -97,14 +110,14 @@ def test_without_a_known_cost_or_a_limit_prompts_take_what_tokens_are_left(
 
 def test_the_earliest_prompt_takes_the_share_and_nobody_is_admitted_for_nothing() -> None:
     s = decoding()
-    s.add(long("first", 20))
+    s.add(long("first", 28))
     s.add(second := long("second"))
     idle = s.pool.num_idle
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 12)]
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 20)]
     assert second.status is RequestStatus.WAITING
-    assert s.pool.num_idle == idle - 5, "blocks for the first prompt only"
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 8), ("second", 4)]
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 1), ("second", 14)]
+    assert s.pool.num_idle == idle - 7, "blocks for the first prompt only"
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 8), ("second", 12)]
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("first", 1), ("second", 18)]
 
 
 def test_a_row_with_one_token_to_go_is_a_decode_row_also_if_it_is_a_prompts() -> None:
@@ -119,7 +132,7 @@ def test_a_prompt_of_higher_priority_takes_nothing_from_decode_rows() -> None:
     s = decoding()
     s.add(long(priority=-1))
     run_step(s)
-    assert run_step(s)[0] == [("long", 12), ("a", 1), ("b", 1)]
+    assert run_step(s)[0] == [("long", 16), ("a", 1), ("b", 1)]
 
 
 def test_what_the_prefix_cache_has_is_not_paid_for() -> None:
@@ -139,7 +152,7 @@ def test_nobody_is_admitted_who_begins_where_what_is_left_is_not_enough_for_a_to
     while len(s.running) > 1 or s.waiting:
         run_step(s)
     s.reckon_with(StepCost(2, 0.5, 0, 0.1, 10))
-    s.add(long("short", 7))  # 0.945 of 2.5 ms: a token at place 0 would fit, none at 992
+    s.add(long("short", 7))  # 0.945 of 5.5 ms: a token at place 0 would fit, none at 992
     hits = [request(name, [*prompt[:992], *range(500, 508)]) for name in ("one", "two")]
     for hit in hits:
         s.add(hit)
@@ -156,10 +169,9 @@ def test_what_is_computed_again_after_a_preemption_shares_like_a_prompt() -> Non
     for _ in range(40):
         run_step(s)
     s._requeue(s.running[-1])
-    assert run_step(s)[0] == [("a", 1), ("b", 1), ("c", 12)]
-    for _ in range(2):
-        run_step(s)
-    assert run_step(s) == ([("a", 1), ("b", 1), ("c", 6)], [7, 7, 7])
+    assert run_step(s)[0] == [("a", 1), ("b", 1), ("c", 16)]
+    run_step(s)
+    assert run_step(s) == ([("a", 1), ("b", 1), ("c", 10)], [7, 7, 7])
 
 
 def test_rows_that_have_to_sit_out_a_step_wait_for_its_end_all_the_same() -> None:
@@ -168,7 +180,7 @@ def test_rows_that_have_to_sit_out_a_step_wait_for_its_end_all_the_same() -> Non
     s.add(Request("a", [1], SamplingParams(max_new_tokens=99, repetition_penalty=2.0)))
     first, second = scheduled(s), scheduled(s)
     s.add(long())
-    assert shape(scheduled(s)) == [("long", 10)]  # 2.5 ms
+    assert shape(scheduled(s)) == [("long", 14)]  # 2 * 3 - 2.5 ms
     assert [len(answer(s, step)) for step in (first, second)] == [1, 1]
 
 

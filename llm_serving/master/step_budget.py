@@ -2,8 +2,10 @@
 
 Rows that have one token to go are decode rows: somebody waits for their next id, and they are
 limited by the number of tokens only.  Longer rows (prompts, and what is computed again) may
-stretch the step to a multiple of what its decode rows cost alone; the first of them takes what it
-can use of that, at least one block, and once one was cut, those behind it wait.
+stretch the step to a multiple of a plain one: of the decode step that all who run or wait will
+have together, for a few rows that decode while many prompts wait would keep these waiting long
+and hardly get on themselves.  The first of the longer rows takes what it can use of that, at
+least one block, and once one was cut, those behind it wait.
 """
 
 from __future__ import annotations
@@ -26,9 +28,18 @@ class StepBudget:
         self._least = 0  # tokens that the first of them gets, whatever they cost
 
     def share(
-        self, running: Iterable[Request], cost: StepCost, stretch: float, block_size: int
+        self,
+        running: Iterable[Request],
+        num_expected: int,
+        cost: StepCost,
+        *,
+        stretch: float,
+        block_size: int,
     ) -> None:
-        """Limit longer rows beside the decode rows of `running`, if there are any."""
+        """Limit longer rows beside the decode rows of `running`, if there are any.
+
+        `num_expected` rows will decode once those that wait are in, of a like context.
+        """
         num_rows = num_context_tokens = 0
         for request in running:
             if request.num_schedulable == 1:
@@ -36,7 +47,9 @@ class StepBudget:
                 num_context_tokens += request.num_scheduled_tokens + 1
         if num_rows and math.isfinite(stretch):
             self._cost = cost
-            self._spare_ms = (stretch - 1) * cost.decode_ms(num_rows, num_context_tokens)
+            expected_tokens = num_context_tokens * num_expected // num_rows
+            plain_ms = cost.decode_ms(num_expected, expected_tokens)
+            self._spare_ms = stretch * plain_ms - cost.decode_ms(num_rows, num_context_tokens)
             self._least = block_size
 
     @property
