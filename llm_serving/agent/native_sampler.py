@@ -20,7 +20,7 @@ from llm_serving.step_arrays import StepInputs
 __all__ = ["NativeSampler"]
 
 _GREEDY = np.frombuffer(SamplingParams().record(), np.int32)
-_WORD_OF = {name: place // 4 for name, (_, place) in (SAMPLING_DTYPE.fields or {}).items()}
+_WORD_OF = {name: field[1] // 4 for name, field in (SAMPLING_DTYPE.fields or {}).items()}
 # What makes of a greedy row another: not its seed, nor filters, which leave the likeliest.
 _ASKED = [_WORD_OF["temperature"], *range(_WORD_OF["repetition_penalty"], _WORD_OF["sample_index"])]
 
