@@ -1,6 +1,6 @@
 """Do long prompts make others wait?  Gaps between tokens of closed-loop streams, with and without.
 
-    python benchmarks/mixed_load.py [--stretch 1.5 2 2.5 3 off] [--serve "--weights int8"]
+    python benchmarks/mixed_load.py [--stretch 1.5 2 2.2 2.5 3 off] [--serve "--weights int8"]
     python benchmarks/mixed_load.py --url http://127.0.0.1:8000 --model m
     both: [--rounds 3] [--peer-ttft MS]
 
@@ -217,7 +217,7 @@ def main() -> None:
     add = parser.add_argument
     add("--url", help="a server that runs already")
     add("--model", default="llama2", help="its name for the model")
-    add("--stretch", nargs="+", default=["1.5", "2", "2.5", "3", "off"])
+    add("--stretch", nargs="+", default=["1.5", "2", "2.2", "2.5", "3", "off"])
     add("--serve", default="", help="further flags of our server, as one word")
     add("--rounds", type=int, default=3)
     add("--peer-ttft", type=float, metavar="MS", help="TTFT p50 of long prompts at a peer")

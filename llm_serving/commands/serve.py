@@ -82,7 +82,7 @@ def serve(
     max_step_stretch: Annotated[
         float | None,
         _option(
-            "--max-step-stretch", "prompts make decode steps so many times longer, inf: any [2.5]"
+            "--max-step-stretch", "prompts make decode steps so many times longer, inf: any [2.2]"
         ),
     ] = None,
     block_size: Annotated[
