@@ -20,7 +20,7 @@ from llm_serving.agent.native_sampler import NativeSampler
 from llm_serving.agent.philox import uniforms
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
-from llm_serving.kernels.cpu.layout import SUMMARY_DTYPE
+from llm_serving.kernels.cpu.backend import SUMMARY_DTYPE
 from llm_serving.kernels.cpu.native import native as load_native
 from llm_serving.step_arrays import StepInputs
 from llm_serving.step_packing import INPUT_NAMES

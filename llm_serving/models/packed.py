@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 
 from llm_serving.errors import ConfigError
-from llm_serving.kernels.cpu.backend import NativeKernels
-from llm_serving.kernels.cpu.layout import SUMMARY_DTYPE
+from llm_serving.kernels.cpu.backend import SUMMARY_DTYPE, NativeKernels
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelConfig
 from llm_serving.models.layers import LinearFactory, LinearPart, RmsNorm, StepContext
