@@ -149,8 +149,8 @@ def test_in_a_pool_so_small_that_requests_are_preempted(
 ) -> None:
     # without the share of prompts, so that as many as fit run at once
     flags = ("--dtype", "float32", "--kernels", kernels, "--num-kv-blocks", "24")
-    flags = (*flags, "--max-step-stretch", "inf")
-    server = RunningServer(tmp_path / "log", *flags, "--max-num-batched-tokens", "64").wait_ready()
+    small_steps = ("--max-num-batched-tokens", "64", "--max-step-stretch", "inf")
+    server = RunningServer(tmp_path / "log", *flags, *small_steps).wait_ready()
     try:
         assert "warning: the KV cache holds 384 tokens" in server.output
         fitting = [a for a, length in zip(answers, LENGTHS, strict=True) if length <= 256]
