@@ -20,8 +20,8 @@ ALL = 64  # tokens of a step
 
 def decoding(names: str = "ab", cost: StepCost | None = COST, **limits: Any) -> Scheduler:
     """Some that have their first token: alone, two of them take 2 + 2 * 0.5 = 3 ms a step."""
-    limits = {"num_blocks": 4096, "max_num_batched_tokens": ALL, "max_step_stretch": 2.0} | limits
-    s = make(**limits)
+    usual = {"num_blocks": 4096, "max_num_batched_tokens": ALL, "max_step_stretch": 2.0}
+    s = make(**usual | {"num_beginning": 1} | limits)
     s.reckon_with(cost)
     for name in names:
         s.add(request(name, [ord(name)], max_new_tokens=500))
@@ -87,6 +87,26 @@ def test_without_decode_rows_prompts_take_the_whole_step() -> None:
     assert run_step(s)[0] == [("first", ALL)]
     assert run_step(s)[0] == [("first", 36), ("second", 28)]
     assert run_step(s)[0] == [("first", 1), ("second", 14)], "2 * 3 - 2.5 ms"
+
+
+def test_a_burst_has_whole_steps_until_its_first_row_is_past_its_beginning() -> None:
+    s = decoding("", num_beginning=8)
+    for i in range(9):
+        s.add(long(f"{i}", ALL - i, max_new_tokens=99))
+    for i in range(8):
+        assert [r.num_new_tokens for r in s.running] == [*range(i, 0, -1)]
+        assert run_step(s)[0] == [*((f"{j}", 1) for j in range(i)), (f"{i}", ALL - i)]
+    assert s.running[0].num_new_tokens == 8
+    assert run_step(s)[0][7:] == [("7", 1), ("8", 28)], "2 * (2 + 9 * 0.5) - (2 + 8 * 0.5) ms"
+
+
+def test_a_row_that_had_begun_before_a_burst_keeps_its_pace() -> None:
+    s = decoding("a", num_beginning=8)
+    for _ in range(7):
+        run_step(s)
+    assert s.running[0].num_new_tokens == 8
+    s.add(long("burst"))
+    assert run_step(s)[0] == [("a", 1), ("burst", 14)], "2 * 3 - 2.5 ms"
 
 
 def test_a_prompt_gets_a_block_whatever_it_costs() -> None:

@@ -6,6 +6,9 @@ stretch the step to a multiple of a plain one: of the decode step that all who r
 have together, for a few rows that decode while many prompts wait would keep these waiting long
 and hardly get on themselves.  The first of the longer rows takes what it can use of that, at
 least one block, and once one was cut, those behind it wait.
+
+A step whose decode rows have all only just begun is not shared: in a burst the first prompt to be
+done would hold up the others for the sake of its second token, and all would end one by one.
 """
 
 from __future__ import annotations
@@ -34,18 +37,21 @@ class StepBudget:
         cost: StepCost,
         *,
         stretch: float,
+        num_beginning: int,
         block_size: int,
     ) -> None:
-        """Limit longer rows beside the decode rows of `running`, if there are any.
+        """Limit longer rows beside the decode rows of `running`, if one is past its beginning.
 
-        `num_expected` rows will decode once those that wait are in, of a like context.
+        It is with that many tokens, sampled or being sampled.  `num_expected` rows will decode
+        once those that wait are in, of a like context.
         """
-        num_rows = num_context_tokens = 0
+        num_rows = num_context_tokens = most_sampled = 0
         for request in running:
             if request.num_schedulable == 1:
                 num_rows += 1
                 num_context_tokens += request.num_scheduled_tokens + 1
-        if num_rows and math.isfinite(stretch):
+                most_sampled = max(most_sampled, request.num_new_tokens + request.num_pending)
+        if most_sampled >= num_beginning and math.isfinite(stretch):
             self._cost = cost
             expected_tokens = num_context_tokens * num_expected // num_rows
             plain_ms = cost.decode_ms(num_expected, expected_tokens)
