@@ -43,8 +43,9 @@ def test_what_is_not_there_is_refused_by_name(wanted: str, monkeypatch: pytest.M
     monkeypatch.setenv(INSTRUCTION_SET, wanted)
     there = ", ".join(["auto", *SUPPORTED, *ON_REQUEST])
     sentence = f"{INSTRUCTION_SET}: expected one of {there} here, found {wanted!r}"
-    for ask in (selected, lambda: packed_as_served("bfloat16", "auto", "native")):
-        with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
-            ask()
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        selected()
+    with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
+        packed_as_served("bfloat16", "auto", "native")
     with pytest.raises(ConfigError, match=f"isa must be one of {there} .* not {wanted}"):
         NativeKernels(1, wanted)
