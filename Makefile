@@ -59,7 +59,7 @@ sanitize: install
 	tar -c --exclude='_native*.so' llm_serving tests performance_serving pyproject.toml | tar -x -C $(SANITIZED)/tree
 	cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py \
+	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
 	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py
 
 clean:

@@ -15,7 +15,7 @@ _native = load_native()
 
 Array = npt.NDArray[np.float32]
 Format, Source, Epilogue = _native.Format, _native.Source, _native.Epilogue
-ISAS = _native.supported()
+ISAS = [*_native.supported(), *_native.on_request()]
 DENSE, BLOCKS = ["F32", "BF16", "I8"], ["Q8_0", "Q4_0", "Q4_1"]
 POOL = _native.Pool(2)
 

@@ -14,6 +14,7 @@ import torch
 from llm_serving.agent.kv_cache import KvCache
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.native import native
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelCard, Weights
 from llm_serving.models.layers import LinearPart, PlainLinears
@@ -169,15 +170,13 @@ def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
     np.testing.assert_allclose(kept["sum"], total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2"])
+@pytest.mark.parametrize("isa", [*native().supported(), *native().on_request()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", ATOL)
 def test_chunks_and_threads_do_not_change_a_bit(
     twin: Twin, weights: Weights, dtype: torch.dtype, isa: str, tmp_path: pathlib.Path
 ) -> None:
     file = pack(twin, weights, tmp_path)
-    if isa not in NativeKernels(1).module.supported():
-        pytest.skip(f"this processor has no {isa}")
     whole = Runner(twin.card, file, dtype=dtype, isa=isa).logits(IDS, [70])
     chunks = Runner(twin.card, file, dtype=dtype, isa=isa).logits(IDS, [1, 2, 13, 1, 31, 15, 7])
     alone = Runner(twin.card, file, dtype=dtype, isa=isa, num_threads=1)

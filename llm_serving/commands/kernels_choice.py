@@ -7,7 +7,7 @@ import pathlib
 from llm_serving.config import ServingConfig, load_config
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.layout import TILE
-from llm_serving.kernels.cpu.native import why_not
+from llm_serving.kernels.cpu.native import instruction_set, why_not
 
 __all__ = ["packed_as_served", "packed_weights"]
 
@@ -17,11 +17,12 @@ _GPU = pathlib.Path("/dev/nvidiactl")
 def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     """(`weights` of `prepare`, why the native kernels do not run).
 
-    Raises ConfigError if they were asked for and cannot run.
+    Raises ConfigError if they, or an instruction set, were asked for and cannot run.
     """
     model, agent = config.model, config.agent
     reason = _why_not_native(config)
     if not reason:
+        instruction_set()
         return model.weights, ""
     if agent.kernels == "native":
         raise ConfigError(f"agent.kernels: native cannot run: {reason}")

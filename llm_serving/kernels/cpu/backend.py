@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from llm_serving.errors import ConfigError
-from llm_serving.kernels.cpu.native import native, why_not
+from llm_serving.kernels.cpu.native import instruction_set, native, why_not
 from llm_serving.kernels.reference import ReferenceKernels
 
 __all__ = ["SUMMARY_DTYPE", "NativeKernels"]
@@ -27,12 +27,15 @@ _ALLOWED = sorted(os.sched_getaffinity(0))  # before a pool binds the thread tha
 class NativeKernels(ReferenceKernels):
     backend: ClassVar[str] = "native"
 
-    def __init__(self, num_threads: int, isa: str = "auto", spin_us: int = 200) -> None:
-        """Raises ConfigError where the kernels cannot run."""
+    def __init__(self, num_threads: int, isa: str | None = None, spin_us: int = 200) -> None:
+        """`isa` None: what the environment asks for.  Raises ConfigError where they cannot run."""
         if reason := why_not():
             raise ConfigError(f"the native kernels cannot run here: {reason}")
         self.module: Any = native()
-        self.kernels: Any = self.module.kernels(isa)
+        try:
+            self.kernels: Any = self.module.kernels(isa or instruction_set())
+        except ValueError as exc:
+            raise ConfigError(f"the native kernels cannot run here: {exc}") from exc
         self._processors = _processors(num_threads)
         self.pool: Any = self.module.Pool(num_threads, spin_us, self._processors)
 

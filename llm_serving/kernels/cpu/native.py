@@ -6,10 +6,15 @@ Nothing here imports torch: the front end asks, and preparation packs weights wi
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
-__all__ = ["native", "why_not"]
+from llm_serving.errors import ConfigError
+
+__all__ = ["INSTRUCTION_SET", "instruction_set", "native", "why_not"]
+
+INSTRUCTION_SET = "LLM_SERVING_INSTRUCTION_SET"  # in the environment, which agents inherit
 
 _module: ModuleType | None = None
 _reason = ""
@@ -32,3 +37,17 @@ def native() -> Any:
     if _module is None:
         raise ImportError(_reason)
     return _module
+
+
+def instruction_set() -> str:
+    """The one that the environment asks for, else "auto".  Ask `why_not` first.
+
+    Raises ConfigError for one that this processor or this build lacks.
+    """
+    wanted = os.environ.get(INSTRUCTION_SET) or "auto"
+    module = native()
+    known = ["auto", *module.supported(), *module.on_request()]
+    if wanted not in known:
+        there = ", ".join(known)
+        raise ConfigError(f"{INSTRUCTION_SET}: expected one of {there} here, found {wanted!r:.60}")
+    return wanted

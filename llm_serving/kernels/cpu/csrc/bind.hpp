@@ -8,6 +8,7 @@
 
 namespace llm {
 
+void bind_instruction_sets(nanobind::module_&);
 void bind_pool(nanobind::module_&);
 void bind_limits(nanobind::module_&);
 void bind_pack(nanobind::module_&);

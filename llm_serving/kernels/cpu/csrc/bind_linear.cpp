@@ -19,10 +19,10 @@ using Input = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;
 using Output = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
 using Clock = std::chrono::steady_clock;
 
-// Memory for the activations, aligned to 64 bytes.
+// Memory for the activations, aligned to 64 bytes.  NaN, so that a kernel which reads what nobody wrote is seen.
 class Scratch {
  public:
-  explicit Scratch(size_t size) : bytes_(size + 64) {}
+  explicit Scratch(size_t size) : bytes_(size + 64, 0xff) {}
   uint8_t* get() {
     return reinterpret_cast<uint8_t*>(round_up(reinterpret_cast<uintptr_t>(bytes_.data()), 64));
   }

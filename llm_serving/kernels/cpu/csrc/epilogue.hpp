@@ -1,4 +1,4 @@
-// What becomes of one panel's sums of one row: bias, then store, add or silu-and-mul.
+// What becomes of one panel's sums of one row: int8's scales; then bias, and store, add or silu-and-mul.
 #pragma once
 
 #include "layout.hpp"
@@ -6,6 +6,27 @@
 
 namespace llm {
 namespace ISA {
+
+// Of a panel of int8 by channel: what makes its exact sums values.
+struct ChannelScales {
+  I32 weight_sums[2];
+  F32 scales[2];
+
+  explicit ChannelScales(const Packed& weight, int panel) {
+    const uint8_t* end = weight.data + (panel + 1) * panel_bytes(Format::i8, weight.k) - 8 * PANEL;
+    for (int h = 0; h < 2; h++) {
+      scales[h] = load(reinterpret_cast<const float*>(end) + h * HALF);
+      weight_sums[h] = load_i32(end + (PANEL + h * HALF) * 4);
+    }
+  }
+  // Weights are stored as w + 128: what takes that out of a row's sums.
+  LLM_INLINE I32 correction(const RowScale& row) { return set1_i32(static_cast<int32_t>(-128u * row.sum)); }
+  // `sum` has the correction.
+  [[gnu::always_inline]] F32 finish(I32 sum, int half, const RowScale& row) const {
+    const I32 exact = sub_i32(sum, mul_i32(weight_sums[half], set1_i32(row.zero)));
+    return mul(to_float(exact), mul(scales[half], set1(row.scale)));
+  }
+};
 
 LLM_INLINE int columns_left(int n, int column) {
   const int left = n - column;

@@ -237,5 +237,12 @@ struct Kernels {
 LLM_DECLARE(avx2)
 LLM_DECLARE(avx512)
 #undef LLM_DECLARE
+// These have linear layers of their own (linear_tiles.cpp); the rest is avx512's.
+namespace amx {
+LinearKernels linear_kernels();
+}
+namespace amx_emulated {
+LinearKernels linear_kernels();
+}
 
 }  // namespace llm

@@ -52,29 +52,17 @@ struct BFloat16 : Float32 {
   LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_bf16(sum, w, x); }
 };
 
-struct Int8 {
+struct Int8 : ChannelScales {
   using Sum = I32;
-  // Weights are stored as w + 128: what that adds to a row's sums is taken away at their start.
-  LLM_INLINE Sum start(const uint8_t* scale) {
-    return set1_i32(static_cast<int32_t>(-128u * reinterpret_cast<const RowScale*>(scale)->sum));
-  }
+  LLM_INLINE const RowScale& row(const uint8_t* scale) { return *reinterpret_cast<const RowScale*>(scale); }
+  LLM_INLINE Sum start(const uint8_t* scale) { return correction(row(scale)); }
   LLM_INLINE Sum resume(const float* p) { return load_i32(p); }
   LLM_INLINE void keep(float* p, Sum v) { store_i32(p, v); }
   LLM_INLINE Sum step(Sum sum, I32 w, I32 x) { return dot_u8s8(sum, w, x); }
 
-  I32 weight_sums[2];
-  F32 scales[2];
-  explicit Int8(const Result& result, int panel) {
-    const uint8_t* end = result.weight.data + (panel + 1) * panel_bytes(Format::i8, result.weight.k) - 8 * PANEL;
-    for (int h = 0; h < 2; h++) {
-      scales[h] = load(reinterpret_cast<const float*>(end) + h * HALF);
-      weight_sums[h] = load_i32(end + (PANEL + h * HALF) * 4);
-    }
-  }
+  explicit Int8(const Result& result, int panel) : ChannelScales(result.weight, panel) {}
   [[gnu::always_inline]] F32 finish(Sum sum, int half, const uint8_t* scale) const {
-    const RowScale* row = reinterpret_cast<const RowScale*>(scale);
-    const I32 exact = sub_i32(sum, mul_i32(weight_sums[half], set1_i32(row->zero)));
-    return mul(to_float(exact), mul(scales[half], set1(row->scale)));
+    return ChannelScales::finish(sum, half, row(scale));
   }
 };
 

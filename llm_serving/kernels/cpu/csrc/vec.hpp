@@ -23,7 +23,7 @@
 #include <cstring>
 
 #ifndef ISA
-#error "compile the kernels with -DISA=avx2 or -DISA=avx512"
+#error "compile the kernels with -DISA=avx2, avx512, amx or amx_emulated"
 #endif
 #define LLM_INLINE static inline __attribute__((always_inline))
 
