@@ -24,7 +24,7 @@ COMMANDS = {
     "diagnose": "check and measure what the transport needs, on this machine",
     "transport-report": "what a transport log says, in tables, plots and advice",
     "agent": "one worker process; started by `serve`",
-    "verify-determinism": "prove that logits depend on the tokens before them, and on nothing else",
+    "verify-determinism": "prove that logits and ids depend on their own request alone",
     "bare-loop": "decode steps of the model with nothing around them; started by `breakdown`",
 }
 

@@ -1,21 +1,32 @@
-"""`llm-serving verify-determinism` on the real model, and what it says of a logit that differs."""
+"""`llm-serving verify-determinism` on the real model, and what it says of what differs."""
 
 from __future__ import annotations
 
 import pathlib
+import re
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 
+from llm_serving.agent.model_runner import ModelRunner
 from llm_serving.commands import verify_determinism
-from llm_serving.determinism.engine import Counts, Seen
-from llm_serving.determinism.scenarios import make_prompts, scenarios
+from llm_serving.determinism.engine import Counts
+from llm_serving.determinism.scenarios import Scenario, make_prompts, plain_first, scenarios
+from llm_serving.determinism.seen import Digests, Seen
+from llm_serving.models.packed import NativePlan
 
-FORCED = (
+FEW = ["--prompts", "6", "--new-tokens", "4", "--threads", "2"]
+RUNS = (
+    "alone",
     "in random company",
     "prompts in chunks",
     "preempted and computed again",
     "from the prefix cache",
     "1 thread ",
+    "3 threads",
 )
 
 
@@ -26,12 +37,31 @@ def test_native_logits_are_the_same_in_any_company(
     words = ["--model", str(smollm2), "--prompts", "24", "--new-tokens", "12", "--threads", "2"]
     assert verify_determinism.main([*words, *flags]) == 0
     told = capsys.readouterr().out
-    for name in FORCED:
+    total_unkept = 0
+    for name in RUNS:
         (line,) = [line for line in told.splitlines() if line.startswith(name)]
-        assert " same " in line, line
-    assert told.splitlines()[-1] == "every logit was the same in every run, bit for bit"
+        found = re.search(r" same  \(288 logits, 576 ids, (\d+) from steps without logits", line)
+        assert found, line
+        assert 12 <= int(found[1]) <= 10 * 12  # ten requests are plainly greedy
+        total_unkept += int(found[1])
+    assert told.splitlines()[-1] == (
+        "every logit, id and logprob was the same, bit for bit: "
+        f"{7 * 288} logits, {7 * 576} ids, {total_unkept} from steps without logits"
+    )
 
 
+@pytest.fixture
+def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, in random company and in chunks; no more."""
+
+    def few(*given: object) -> tuple[Scenario, list[Scenario]]:
+        alone, others = scenarios(*given)  # type: ignore[arg-type]
+        return alone, others[:2]
+
+    monkeypatch.setattr(verify_determinism, "scenarios", few)
+
+
+@pytest.mark.usefixtures("two_runs")
 def test_a_logit_that_differs_is_found_with_its_position(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -39,25 +69,90 @@ def test_a_logit_that_differs_is_found_with_its_position(
     calls: list[object] = []
     positions: list[int] = []
 
-    def spoilt(*given: object) -> tuple[Seen, Counts]:
+    def spoilt(*given: object) -> tuple[Seen, list[Counts]]:
         seen, counts = run(*given)  # type: ignore[arg-type]
         calls.append(given)
         if len(calls) == 3:
-            key = max(seen.positions, key=lambda each: seen.positions[each])
-            seen.logits[key] = b"another"
-            positions.append(seen.positions[key])
+            key = max(seen.logits.positions, key=lambda each: seen.logits.positions[each])
+            seen.logits.values[key] = b"another"
+            positions.append(seen.logits.positions[key])
         return seen, counts
 
     monkeypatch.setattr(verify_determinism, "_run", spoilt)
-    words = ["--model", str(smollm2), "--prompts", "6", "--new-tokens", "2", "--threads", "2"]
-    assert verify_determinism.main(words) == 1
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
     told = capsys.readouterr().out
-    assert f"1 DIFFER, the first at position {positions[0]}" in told
+    assert f"1 logits, 0 ids DIFFER, the first at position {positions[0]}" in told
+
+
+@pytest.mark.usefixtures("two_runs")
+@pytest.mark.parametrize("field", ["sum", "arg_max"])
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_head_that_sums_up_wrongly_in_company_is_found(
+    smollm2: pathlib.Path,
+    is_kept: bool,
+    field: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head = NativePlan.head
+
+    def spoilt(
+        plan: NativePlan,
+        hidden: torch.Tensor,
+        rows: npt.NDArray[np.int32],
+        logits: torch.Tensor | None,
+    ) -> npt.NDArray[Any]:
+        summaries = head(plan, hidden, rows, logits)
+        if len(rows) == 2 and is_kept == (logits is not None):
+            values = summaries[field]
+            values[1] = (
+                np.nextafter(values[1], np.float32(9e9)) if field == "sum" else values[1] ^ 1
+            )
+        return summaries
+
+    monkeypatch.setattr(NativePlan, "head", spoilt)
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    (alone,) = [line for line in lines if line.startswith("alone")]
+    assert " same " in alone
+    differing = [line for line in lines if " DIFFER, the first at position " in line]
+    assert any(re.search(r" [1-9]\d* ids DIFFER", line) for line in differing), lines
+    if field == "sum":
+        assert all(" 0 logits, " in line for line in differing)
+    assert lines[-1].startswith("not proved; ")
+
+
+@pytest.mark.usefixtures("two_runs")
+def test_a_run_that_always_keeps_logits_proves_nothing(
+    smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelRunner, "keeps_logits", lambda *_: True)
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    told = capsys.readouterr().out
+    assert "proves nothing: no steps without logits; more --prompts would" in told
+    assert "DIFFER" not in told
+
+
+def test_what_is_missing_or_contradicts_itself_differs() -> None:
+    expected, found = Digests(), Digests()
+    for key, position in ((b"a", 7), (b"b", 3), (b"c", 5)):
+        expected.add(key, b"x", position)
+    assert expected.differing(expected) == []
+    found.add(b"a", b"x", 7)
+    found.add(b"b", b"y", 3)
+    found.add(b"a", b"z", 7)
+    assert found.differing(expected) == [3, 5, 7]
 
 
 def test_prompts_share_beginnings_and_half_of_them_are_sampled() -> None:
     prompts = make_prompts(12, 4, 100, 512, seed=0)
     assert [prompt.sampling.temperature > 0 for prompt in prompts] == [False, True] * 6
+    assert [prompt.sampling.top_k for prompt in prompts if prompt.sampling.temperature] == [
+        50,
+        0,
+    ] * 3
+    assert [prompt.sampling.num_logprobs for prompt in prompts] == [0, 0, 0, 0, 3] * 2 + [0, 0]
+    assert [i for i, prompt in enumerate(prompts) if prompt.is_plain] == [0, 2, 6, 8, 10]
     shared = sum(
         a.ids[: min(len(a.ids), len(b.ids)) - 1] == b.ids[: min(len(a.ids), len(b.ids)) - 1]
         for i, a in enumerate(prompts)
@@ -68,3 +163,12 @@ def test_prompts_share_beginnings_and_half_of_them_are_sampled() -> None:
     alone, others = scenarios(prompts, 4, 2)
     assert alone.limits.max_num_seqs == 1
     assert {scenario.num_threads for scenario in others} == {1, 2, 3}
+
+
+def test_plain_prompts_are_there_before_the_others() -> None:
+    prompts = make_prompts(24, 16, 100, 512, seed=0)
+    served = plain_first(prompts, 16)
+    assert [prompt.ids for prompt in served] == [prompt.ids for prompt in prompts]
+    plain = [prompt.arrives for prompt in served if prompt.is_plain]
+    assert max(plain) < 16 <= min(prompt.arrives for prompt in served if not prompt.is_plain)
+    assert len(set(plain)) > 3  # as many different numbers of rows

@@ -232,6 +232,10 @@ class ModelRunner:
             sampled_ns=sampled_ns,
         )
 
+    def keeps_logits(self, inputs: StepInputs) -> bool:
+        """Whether a step's logits are written to memory: not if what they amount to is enough."""
+        return self._native is None or self._native[1].needs_logits(inputs)
+
     def _begin(self, inputs: StepInputs) -> StepContext:
         rows = (inputs.query_starts, inputs.context_lens, inputs.block_tables)
         if isinstance(self._steps, NativeSteps):
@@ -243,11 +247,12 @@ class ModelRunner:
     ) -> tuple[Floats, int, SampledColumns]:
         """The head says what each row of logits amounts to; often nobody asks for more."""
         rows, logits = inputs.logit_positions, None
-        if sampler.needs_logits(inputs):
+        if self.keeps_logits(inputs):
             logits = torch.empty(len(rows), self.vocab_size)
         summaries = plan.head(hidden, rows, logits)
         sample_ns = time.monotonic_ns()
-        wanted = self._no_logits if logits is None else self._wanted(logits, inputs)
+        # copied by numpy: torch would set threads of its own spinning beside the pool's
+        wanted = self._no_logits if logits is None else logits.numpy()[inputs.wanted_logits]
         return wanted, sample_ns, sampler.sample(logits, inputs, self._last_ids, summaries)
 
     def _wanted(self, logits: torch.Tensor, inputs: StepInputs) -> Floats:

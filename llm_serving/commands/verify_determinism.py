@@ -16,15 +16,22 @@ from llm_serving.commands.model_source import prepared_card
 from llm_serving.commands.options import run_command
 from llm_serving.commands.start_report import StartReport
 from llm_serving.config import load_config
-from llm_serving.determinism.engine import Counts, Prompt, Seen, run_requests
-from llm_serving.determinism.scenarios import BLOCK_SIZE, Scenario, make_prompts, scenarios
+from llm_serving.determinism.engine import Counts, Prompt, run_requests
+from llm_serving.determinism.scenarios import (
+    BLOCK_SIZE,
+    Scenario,
+    make_prompts,
+    plain_first,
+    scenarios,
+)
+from llm_serving.determinism.seen import Seen
 from llm_serving.model_card import ModelCard
 
 __all__ = ["main"]
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 if every logit was the same in every run, 1 if one was not."""
+    """Exit code 0 if every logit and id was the same in every run, 1 if one was not."""
     return run_command("verify-determinism", verify_determinism, argv)
 
 
@@ -41,10 +48,11 @@ def verify_determinism(
     threads: Annotated[int | None, typer.Option(min=1, help="threads [processors]")] = None,
     seed: Annotated[int, typer.Option(help="of prompts, lengths and arrivals")] = 0,
 ) -> int:
-    """Prove on this machine that a row's logits depend on its own tokens alone.
+    """Prove on this machine that a row's logits depend on its own tokens alone, and so do ids.
 
     Every request is computed alone, then in random company, in chunks, preempted, from the prefix
-    cache and with other numbers of threads; all logits are compared bit for bit.
+    cache and with other numbers of threads, each time twice: with its logits, and as it is served,
+    where nobody wants them.  All logits, ids and logprobs are compared bit for bit.
     """
     given = {"model.path": model, "model.dtype": dtype, "model.weights": weights}
     given["agent.kernels"] = kernels
@@ -57,46 +65,57 @@ def verify_determinism(
     requests = make_prompts(prompts, new_tokens, card.config.vocab_size, longest, seed)
     alone, others = scenarios(requests, new_tokens, num_threads)
     expected, counts = _run(card, alone, requests, longest, new_tokens)
-    print(
-        f"{alone.name:32} {len(expected.logits)} logits of {prompts} requests, {counts.steps} steps"
-    )
-    results = [_check(card, each, requests, longest, new_tokens, expected) for each in others]
-    if all(results):
-        print("every logit was the same in every run, bit for bit")
-        return 0
-    print("logits depend on their company; only the native kernels promise that they do not")
-    return 1
+    skips_logits = card.packed is not None
+    results = [_report(alone, expected, counts, expected, skips_logits)]
+    for scenario in others:
+        found, each = _run(card, scenario, requests, longest, new_tokens)
+        results.append(_report(scenario, found, each, expected, skips_logits))
+        counts += each
+    if not all(results):
+        print("not proved; only the native kernels promise that company changes nothing")
+        return 1
+    print(f"every logit, id and logprob was the same, bit for bit: {_compared(counts)}")
+    return 0
 
 
-def _check(
-    card: ModelCard,
+def _report(
     scenario: Scenario,
-    requests: Sequence[Prompt],
-    longest: int,
-    new_tokens: int,
+    found: Seen,
+    counts: Sequence[Counts],
     expected: Seen,
+    skips_logits: bool,
 ) -> bool:
-    found, counts = _run(card, scenario, requests, longest, new_tokens)
-    wrong = sorted(
-        found.positions.get(key, expected.positions[key])
-        for key, digest in expected.logits.items()
-        if found.logits.get(key) != digest
+    """Print a line about a run; whether it has proved what its name says."""
+    logits, tokens = (
+        found.logits.differing(expected.logits),
+        found.tokens.differing(expected.tokens),
     )
-    wrong = sorted([*wrong, *found.conflicts])
-    forced = (
-        f", {getattr(counts, scenario.forced)} {scenario.forced.replace('_', ' ')}"
-        if scenario.forced
-        else ""
-    )
-    is_proof = scenario.has_forced(counts)
-    verdict = "same" if not wrong else f"{len(wrong)} DIFFER, the first at position {wrong[0]}"
-    if not is_proof:
-        verdict = f"proves nothing: no {scenario.forced.replace('_', ' ')}; more --prompts would"
-    print(
-        f"{scenario.name:32} {verdict}  ({counts.rows / counts.steps:.1f} rows a step{forced})",
-        flush=True,
-    )
-    return is_proof and not wrong
+    forced, missing = scenario.forced.replace("_", " "), []
+    if not all(scenario.has_forced(each) for each in counts):
+        missing.append(forced)
+    if skips_logits and not _total(counts, "unkept"):
+        missing.append("steps without logits")
+    verdict = "same"
+    if missing:
+        verdict = f"proves nothing: no {' and no '.join(missing)}; more --prompts would"
+    if logits or tokens:
+        first = min(logits + tokens)
+        verdict = f"{len(logits)} logits, {len(tokens)} ids DIFFER, the first at position {first}"
+    rows = sum(each.rows for each in counts) / sum(each.steps for each in counts)
+    shape = f"{rows:.1f} rows a step"
+    if forced:
+        shape += f", {_total(counts, scenario.forced)} {forced}"
+    print(f"{scenario.name:28} {verdict}  ({_compared(counts)}; {shape})", flush=True)
+    return verdict == "same"
+
+
+def _compared(counts: Sequence[Counts]) -> str:
+    numbers = [_total(counts, name) for name in ("logits", "tokens", "unkept")]
+    return "{} logits, {} ids, {} from steps without logits".format(*numbers)
+
+
+def _total(counts: Sequence[Counts], name: str) -> int:
+    return sum(getattr(each, name) for each in counts)
 
 
 def _run(
@@ -105,7 +124,8 @@ def _run(
     requests: Sequence[Prompt],
     longest: int,
     new_tokens: int,
-) -> tuple[Seen, Counts]:
+) -> tuple[Seen, list[Counts]]:
+    """With logits, and as users are served."""
     runner = ModelRunner.load(
         card,
         device="cpu",
@@ -120,7 +140,7 @@ def _run(
     given = requests
     if not scenario.random_arrivals:
         given = [replace(request, arrives=0) for request in requests]
-    done, total = 0, len(requests) * new_tokens
+    seen, done, total = Seen(), 0, 2 * len(requests) * new_tokens
     with EtaBar() as bar:
 
         def advance(count: int) -> None:
@@ -128,6 +148,16 @@ def _run(
             done += count
             bar.show(done, total)
 
-        return run_requests(
-            runner, given, scenario.limits, num_blocks=scenario.num_blocks, advance=advance
-        )
+        counts = [
+            run_requests(
+                runner,
+                prompts,
+                scenario.limits,
+                seen,
+                num_blocks=scenario.num_blocks,
+                wants_logits=wants_logits,
+                advance=advance,
+            )
+            for prompts, wants_logits in ((given, True), (plain_first(given, new_tokens), False))
+        ]
+    return seen, counts

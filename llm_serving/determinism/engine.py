@@ -1,20 +1,20 @@
-"""Requests through a scheduler and a model in this very process, with every logit seen.
+"""Requests through a scheduler and a model in this very process, with every logit and token seen.
 
-No HTTP, no agent process: what is to be proved is that a token's logits depend on nothing but the
-tokens before it, and that is decided by scheduling and arithmetic alone.
+No HTTP, no agent process: what is to be proved is that logits depend on nothing but the tokens
+before them, and a token on nothing but that and how it is chosen; scheduling and arithmetic alone
+decide it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from llm_serving.agent.model_runner import ModelRunner, StepColumns
+from llm_serving.determinism.seen import Digests, Seen, digest
 from llm_serving.generation import SamplingParams
 from llm_serving.master.block_pool import BlockPool
 from llm_serving.master.logits_sink import give_logits
@@ -23,9 +23,9 @@ from llm_serving.master.scheduler import Limits, Scheduler
 from llm_serving.master.step import Step
 from llm_serving.master.step_inputs import StepInputBuilder
 from llm_serving.protocol import StepTimes
-from llm_serving.step_arrays import StepResult
+from llm_serving.step_arrays import StepInputs, StepResult
 
-__all__ = ["Counts", "Prompt", "Seen", "run_requests"]
+__all__ = ["Counts", "Prompt", "run_requests"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +34,10 @@ class Prompt:
     sampling: SamplingParams
     arrives: int = 0  # the step before which it is submitted
 
-
-@dataclass(slots=True)
-class Seen:
-    """Digest of the ids up to a position -> digest of the logits there (float32 bytes).
-
-    Two requests with the same ids must agree, too: a second digest is a conflict.
-    """
-
-    logits: dict[bytes, bytes] = field(default_factory=dict)
-    positions: dict[bytes, int] = field(default_factory=dict)
-    conflicts: list[int] = field(default_factory=list)  # positions
+    @property
+    def is_plain(self) -> bool:
+        """Whether it asks for the likeliest ids alone: for those a step needs no logits."""
+        return self.sampling.temperature == 0 and not self.sampling.num_logprobs
 
 
 @dataclass(slots=True)
@@ -56,23 +49,23 @@ class Counts:
     mixed_steps: int = 0  # with prompt chunks and decode rows
     preemptions: int = 0
     prefix_hits: int = 0  # tokens
+    tokens: int = 0
+    logits: int = 0  # rows of logits that were seen
+    unkept: int = 0  # tokens of steps whose logits were never written to memory
 
 
 class _Sink:
-    """A `LogitsSink` that keeps digests of every position."""
+    """A `LogitsSink` that keeps a digest of every position."""
 
     every = 1
 
-    def __init__(self, seen: Seen) -> None:
-        self._seen = seen
+    def __init__(self, digests: Digests) -> None:
+        self._digests = digests
 
     def take(
         self, token_ids: npt.NDArray[np.int32], position: int, logits: npt.NDArray[np.float32]
     ) -> None:
-        prefix, values = _digest(token_ids), _digest(logits)
-        if self._seen.logits.setdefault(prefix, values) != values:
-            self._seen.conflicts.append(position)
-        self._seen.positions[prefix] = position
+        self._digests.add(digest(token_ids.tobytes()), digest(logits.tobytes()), position)
 
     def has_room(self) -> bool:
         return True
@@ -81,23 +74,24 @@ class _Sink:
         pass
 
 
-def _digest(array: npt.NDArray[Any]) -> bytes:
-    return hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-
-
 def run_requests(
     runner: ModelRunner,
     prompts: Sequence[Prompt],
     limits: Limits,
+    seen: Seen,
     *,
     num_blocks: int,
+    wants_logits: bool,
     advance: Callable[[int], None],
-) -> tuple[Seen, Counts]:
-    """Serve all prompts to their ends.  `advance` is called with the tokens that came out."""
+) -> Counts:
+    """Serve all prompts to their ends and add what came out to `seen`.
+
+    Without `wants_logits` steps keep what they keep for users, and only tokens are seen.
+    `advance` is called with the number of tokens that came out.
+    """
     scheduler = Scheduler(BlockPool(num_blocks, runner.block_size), limits)
-    builder = StepInputBuilder(runner.block_size, logits_every=1)
-    seen, counts = Seen(), Counts()
-    sink = _Sink(seen)
+    builder = StepInputBuilder(runner.block_size, logits_every=1 if wants_logits else None)
+    counts, sink = Counts(), _Sink(seen.logits)
     pending = sorted(range(len(prompts)), key=lambda i: (prompts[i].arrives, i))
     while pending or scheduler.open_requests:
         while pending and (
@@ -107,19 +101,23 @@ def run_requests(
             scheduler.add(Request(str(i), prompts[i].ids, prompts[i].sampling))
         step = scheduler.schedule()
         assert step is not None, "requests are open and nothing can run"
-        result = _execute(runner, builder, step)
-        give_logits(step, result, sink)
+        inputs = builder.build(step)
+        result = _execute(runner, inputs)
+        if wants_logits:
+            give_logits(step, result, sink)
+        _take_tokens(step, result, seen.tokens)
         scheduler.update(step, result)
-        _count(counts, step)
+        _count(counts, step, is_kept=runner.keeps_logits(inputs))
+        counts.logits += len(result.logits)
         advance(len(step.samplers))
     counts.preemptions, counts.prefix_hits = scheduler.num_preemptions, scheduler.num_prefix_hits
-    return seen, counts
+    return counts
 
 
-def _execute(runner: ModelRunner, builder: StepInputBuilder, step: Step) -> StepResult:
-    columns: StepColumns = runner.execute(builder.build(step), _ignore_tick)
+def _execute(runner: ModelRunner, inputs: StepInputs) -> StepResult:
+    columns: StepColumns = runner.execute(inputs, _ignore_tick)
     return StepResult(
-        step.step_id,
+        inputs.step_id,
         0,
         columns.token_ids,
         columns.logprobs,
@@ -131,11 +129,30 @@ def _execute(runner: ModelRunner, builder: StepInputBuilder, step: Step) -> Step
     )
 
 
-def _count(counts: Counts, step: Step) -> None:
+def _take_tokens(step: Step, result: StepResult, digests: Digests) -> None:
+    """To be called before the step's result is credited, as `give_logits`."""
+    for i, row in enumerate(step.samplers):
+        known, record = row.start + row.num_tokens, row.request.sampling_record
+        ids = row.request.token_ids.view()[:known].tobytes()
+        num_top = row.request.sampling.num_logprobs
+        own = slice(i, i + 1)
+        value = (
+            result.token_ids[own],
+            result.logprobs[own],
+            result.finite[own],
+            result.top_ids[i, :num_top],
+            result.top_logprobs[i, :num_top],
+        )
+        digests.add(digest(ids, record), digest(*(part.tobytes() for part in value)), known - 1)
+
+
+def _count(counts: Counts, step: Step, *, is_kept: bool) -> None:
     lengths = [row.num_tokens for row in step.rows]
     counts.steps += 1
     counts.rows += len(lengths)
     counts.mixed_steps += min(lengths) == 1 and max(lengths) > 1
+    counts.tokens += len(step.samplers)
+    counts.unkept += 0 if is_kept else len(step.samplers)
 
 
 def _ignore_tick() -> None:

@@ -11,7 +11,7 @@ from llm_serving.determinism.engine import Counts, Prompt
 from llm_serving.generation import SamplingParams
 from llm_serving.master.scheduler import Limits
 
-__all__ = ["Scenario", "make_prompts", "scenarios"]
+__all__ = ["Scenario", "make_prompts", "plain_first", "scenarios"]
 
 BLOCK_SIZE = 16
 _MIXED_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100, 129, 200, 257, 400)
@@ -33,7 +33,10 @@ class Scenario:
 def make_prompts(
     num_prompts: int, new_tokens: int, vocab_size: int, max_model_len: int, seed: int
 ) -> list[Prompt]:
-    """Random ids of mixed lengths; every third begins as one before it, every second is sampled."""
+    """Random ids of mixed lengths; every third begins as one before it.
+
+    Every second draws, with and without a `top_k`; every fifth asks for alternatives.
+    """
     rng = np.random.default_rng(seed)
     prompts: list[Prompt] = []
     for i in range(num_prompts):
@@ -42,11 +45,20 @@ def make_prompts(
         if i % 3 == 2:
             shared = prompts[int(rng.integers(i))].ids
             ids = [*shared[: max(1, length - 1)], *ids][:length]
-        sampling = SamplingParams(max_new_tokens=new_tokens)
+        sampling = SamplingParams(max_new_tokens=new_tokens, num_logprobs=3 * (i % 5 == 4))
         if i % 2:
-            sampling = replace(sampling, temperature=0.8, top_p=0.95, top_k=50, seed=1000 + i)
+            top_k = 50 * (i % 4 == 1)
+            sampling = replace(sampling, temperature=0.8, top_p=0.95, top_k=top_k, seed=1000 + i)
         prompts.append(Prompt(tuple(ids), sampling, int(rng.integers(2 * new_tokens))))
     return prompts
+
+
+def plain_first(prompts: Sequence[Prompt], new_tokens: int) -> list[Prompt]:
+    """Plain ones come closer together, the others later: a step of both keeps logits."""
+    return [
+        replace(p, arrives=p.arrives // 2 if p.is_plain else p.arrives + new_tokens)
+        for p in prompts
+    ]
 
 
 def scenarios(
