@@ -77,20 +77,26 @@ void tile(const uint8_t* w, size_t panel_stride, const uint8_t* x, const uint8_t
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * P; v++)
       acc[m][v] = first ? Op::start(scales + m * row_stride) : Op::resume(sums + m * P * PANEL + v * HALF);
+  const uint8_t* quads[(M + 3) / 4];  // of rows: three addresses and three strides leave registers for the rest
+#pragma GCC unroll 4
+  for (int q = 0; q < (M + 3) / 4; q++) quads[q] = x + 4 * q * row_stride;
   for (int i = 0; i < count; i++) {
     prefetch(ahead.lines);
     ahead.lines += ahead.step;
     I32 weights[2 * P];
+#pragma GCC unroll 4
+    for (int q = 0; q < (M + 3) / 4; q++) pin_address(quads[q]);
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * P; v++) weights[v] = load_i32(w + v / 2 * panel_stride + v % 2 * 64);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      const I32 word = broadcast(x + m * row_stride);
+      const I32 word = broadcast(quads[m / 4] + m % 4 * row_stride);
 #pragma GCC unroll 8
       for (int v = 0; v < 2 * P; v++) acc[m][v] = Op::step(acc[m][v], weights[v], word);
     }
     w += WORD_BYTES;
-    x += 4;
+#pragma GCC unroll 4
+    for (int q = 0; q < (M + 3) / 4; q++) quads[q] += 4;
   }
   if (result == nullptr) {
 #pragma GCC unroll 16

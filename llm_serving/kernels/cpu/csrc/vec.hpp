@@ -33,6 +33,8 @@ constexpr int LANES = 16;
 
 // Into the second-level cache; any address will do.
 LLM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// The compiler must have the address in a register here, and forgets that it was a sum of others.
+LLM_INLINE void pin_address(const uint8_t*& p) { asm volatile("" : "+r"(p)); }
 }
 }  // namespace llm
 
