@@ -11,9 +11,9 @@
 // 8-bit weights are stored as w + 128, since the instruction multiplies unsigned by signed bytes:
 // sum (w + 128) x = sum w x + 128 sum x, and the last term belongs to the row alone.
 //
-// Activations, row by row: f32 and bf16 as they are; i8 bytes, then `RowScale`; block formats bytes, then a
-// float scale for each block, then for each block what is added: int32 -128 sum x (q8_0), -8 sum x (q4_0),
-// float scale * sum x (q4_1, which m is multiplied with).
+// Activations, row by row: f32 and bf16 as they are; i8 bytes, then `RowScale`; block formats bytes, then for each
+// block its scale (float) and what is added: int32 -128 sum x (q8_0), -8 sum x (q4_0), float scale * sum x (q4_1,
+// which m is multiplied with).
 #pragma once
 
 #include "kernels.hpp"
@@ -27,6 +27,14 @@ struct RowScale {
   float scale;   // x = scale * (q - zero)
   int32_t zero;
   int32_t sum;   // of q
+};
+
+struct BlockScale {
+  float scale;
+  union {  // what is added
+    float product;
+    uint32_t sum;
+  };
 };
 
 static inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }

@@ -51,7 +51,7 @@ void quantize_row(const float* x, int k, int8_t* to, RowScale* row) {
 
 // One scale for each block of 32, whose sign makes the largest -128: a finer step than 127 gives, and its
 // opposite, where there is one, becomes 127.  Correction: see layout.hpp.
-void quantize_blocks(Format format, const float* x, int k, int8_t* to, float* scales, void* corrections) {
+void quantize_blocks(Format format, const float* x, int k, int8_t* to, BlockScale* scales) {
   for (int b = 0; b < k / BLOCK; b++, x += BLOCK, to += BLOCK) {
     const F32 left = load(x), right = load(x + LANES);
     const F32 finite = fma(left, zero(), mul(right, zero()));
@@ -64,11 +64,11 @@ void quantize_blocks(Format format, const float* x, int k, int8_t* to, float* sc
     pack_i8(to, p);
     pack_i8(to + LANES, q);
     const int32_t total = sum_i32(add_i32(p, q));  // of a block that is not finite: anything
-    scales[b] = most / -128.0f + sum(finite);
+    scales[b].scale = most / -128.0f + sum(finite);
     if (format == Format::q4_1)
-      static_cast<float*>(corrections)[b] = scales[b] * static_cast<float>(total);
+      scales[b].product = scales[b].scale * static_cast<float>(total);
     else
-      static_cast<uint32_t*>(corrections)[b] = (format == Format::q8_0 ? -128u : -8u) * total;
+      scales[b].sum = (format == Format::q8_0 ? -128u : -8u) * total;
   }
 }
 
@@ -84,7 +84,7 @@ void multiply(const Packed& weight, const uint8_t* activations, int rows, int pa
 size_t activation_bytes(Format format, int k) {
   size_t bytes = static_cast<size_t>(words(format, k)) * 4;
   if (format == Format::i8) bytes = scale_offset(k) + sizeof(RowScale);
-  if (in_blocks(format)) bytes = scale_offset(k) + k / BLOCK * 8;
+  if (in_blocks(format)) bytes = scale_offset(k) + k / BLOCK * sizeof(BlockScale);
   return round_up(bytes, 64) | 64;
 }
 
@@ -96,7 +96,7 @@ void quantize(Format format, const float* x, size_t ldx, int rows, int k, uint8_
     if (format == Format::f32) std::memcpy(activations, x, sizeof(float) * k);
     else if (format == Format::bf16) round_row(x, k, reinterpret_cast<uint16_t*>(activations));
     else if (format == Format::i8) quantize_row(x, k, bytes, reinterpret_cast<RowScale*>(scales));
-    else quantize_blocks(format, x, k, bytes, reinterpret_cast<float*>(scales), scales + k / BLOCK * 4);
+    else quantize_blocks(format, x, k, bytes, reinterpret_cast<BlockScale*>(scales));
   }
 }
 

@@ -10,12 +10,12 @@ namespace ISA {
 namespace {
 
 #if defined(__AVX512BF16__)
-constexpr int TILE_ROWS = 4;
+constexpr int TILE_ROWS = 6;
 #else
 constexpr int TILE_ROWS = 1;
 #endif
 constexpr int BLOCK_STEPS = 64;       // blocks of k in one go: 35 to 70 KB of a panel
-constexpr int ROWS = 24 * TILE_ROWS;  // that wait in `sums`
+constexpr int ROWS = 16 * TILE_ROWS;  // that wait in `sums`
 
 template <Format format>
 constexpr bool BYTES = format == Format::q8_0;
@@ -49,16 +49,27 @@ struct Result {
 };
 
 // `count` blocks of M rows times a panel, begun or (`first` false) continued from sums [M][PANEL]; they become
-// the result if there is one, else they wait in `sums`.  `scales` of the first row; what is added lies
-// `corrections` bytes after.
+// the result if there is one, else they wait in `sums`.  `scales`: the first row's, of the first block.
 template <Format format, int M>
-void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corrections, size_t row_stride,
-          int count, bool first, Ahead ahead, float* sums, const Result* result) {
+void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t row_stride, int count, bool first,
+          Ahead ahead, float* sums, const Result* result) {
+  constexpr int QUADS = (M + 3) / 4;
   F32 acc[M][2];
 #pragma GCC unroll 8
   for (int m = 0; m < M; m++)
     for (int h = 0; h < 2; h++) acc[m][h] = first ? zero() : load(sums + m * PANEL + h * HALF);
+  const uint8_t *rows[QUADS], *factors[QUADS];  // as in linear_words.cpp
+#pragma GCC unroll 2
+  for (int q = 0; q < QUADS; q++) {
+    rows[q] = x + 4 * q * row_stride;
+    factors[q] = scales + 4 * q * row_stride;
+  }
   for (int b = 0; b < count; b++) {
+#pragma GCC unroll 2
+    for (int q = 0; q < QUADS; q++) {
+      pin_address(rows[q]);
+      pin_address(factors[q]);
+    }
 #pragma GCC unroll 17
     for (int i = 0; i < AHEAD_LINES<format, M>; i++) prefetch(ahead.lines + 64 * i);
     ahead.lines += ahead.step;
@@ -66,17 +77,17 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corr
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
       for (int h = 0; h < 2; h++)
-        dots[m][h] =
-            format == Format::q4_1 ? zero_i32() : broadcast(scales + corrections + m * row_stride);
+        dots[m][h] = format == Format::q4_1 ? zero_i32() : broadcast(factors[m / 4] + m % 4 * row_stride + 4);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
       I32 even[2], odd[2];
       for (int h = 0; h < 2; h++) load_quads<format>(w + h * QUANT_BYTES<format>, j, even[h], odd[h]);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const I32 first_quad = broadcast(x + m * row_stride + 8 * j);
+        const uint8_t* quads = rows[m / 4] + m % 4 * row_stride + 8 * j;
+        const I32 first_quad = broadcast(quads);
         for (int h = 0; h < 2; h++) dots[m][h] = dot_u8s8(dots[m][h], even[h], first_quad);
-        const I32 second_quad = broadcast(x + m * row_stride + 8 * j + 4);
+        const I32 second_quad = broadcast(quads + 4);
         for (int h = 0; h < 2; h++) dots[m][h] = dot_u8s8(dots[m][h], odd[h], second_quad);
       }
     }
@@ -86,19 +97,21 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corr
       const F32 scale = load_f16(d + h * HALF);
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++)
-        acc[m][h] = fma(to_float(dots[m][h]), mul(scale, as_float(broadcast(scales + m * row_stride))),
-                        acc[m][h]);
+        acc[m][h] = fma(to_float(dots[m][h]),
+                        mul(scale, as_float(broadcast(factors[m / 4] + m % 4 * row_stride))), acc[m][h]);
       if constexpr (format == Format::q4_1) {
         const F32 minimum = load_f16(d + PANEL + h * HALF);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
-          acc[m][h] =
-              fma(minimum, as_float(broadcast(scales + corrections + m * row_stride)), acc[m][h]);
+          acc[m][h] = fma(minimum, as_float(broadcast(factors[m / 4] + m % 4 * row_stride + 4)), acc[m][h]);
       }
     }
     w += block_bytes(format);
-    x += BLOCK;
-    scales += 4;
+#pragma GCC unroll 2
+    for (int q = 0; q < QUADS; q++) {
+      rows[q] += BLOCK;
+      factors[q] += sizeof(BlockScale);
+    }
   }
   if (result != nullptr) {
 #pragma GCC unroll 8
@@ -112,8 +125,7 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t corr
     for (int h = 0; h < 2; h++) store(sums + m * PANEL + h * HALF, acc[m][h]);
 }
 
-using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, size_t, int, bool, Ahead,
-                      float*, const Result*);
+using Tile = void (*)(const uint8_t*, const uint8_t*, const uint8_t*, size_t, int, bool, Ahead, float*, const Result*);
 
 template <Format format, int... M>
 const Tile* tiles(std::integer_sequence<int, M...>) {
@@ -146,8 +158,7 @@ void multiply_rows(const Packed& weight, const uint8_t* x, size_t row_stride, in
       const int top = rows * g / groups, height = rows * (g + 1) / groups - top;
       const Result result{weight, panel, y + top * ldy, ldy, epilogue};
       table[height - 1](w + offset, x + top * row_stride + begin * BLOCK,
-                        scales + top * row_stride + 4 * begin, static_cast<size_t>(blocks) * 4, row_stride,
-                        count, begin == 0,
+                        scales + top * row_stride + begin * sizeof(BlockScale), row_stride, count, begin == 0,
                         look_ahead<format>(w + offset, next ? next + offset : nullptr, count, g, groups),
                         sums + top * PANEL, begin + count == blocks ? &result : nullptr);
     }
