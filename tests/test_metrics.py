@@ -200,3 +200,14 @@ def test_what_travels_is_told_by_method_direction_and_medium() -> None:
     ):
         name = "llm_serving:transport_bytes_total"
         assert monitor.labelled(name, direction=direction, medium=medium) == count
+
+
+@pytest.mark.parametrize("num_steps", [1, 31, 32, 33, 100])
+def test_every_scrape_has_every_step_so_far_once(monitor: Monitor, num_steps: int) -> None:
+    for scrape in (1, 2):
+        for i in range(num_steps):
+            monitor.steps.observe(record_of(i, kind=1))
+        tokens = monitor.labelled("llm_serving:step_tokens_total", kind="decode")
+        assert tokens == scrape * num_steps * record_of(0, kind=1).num_tokens
+        count = monitor.labelled("llm_serving:step_period_seconds_count", kind="decode")
+        assert count == scrape * num_steps

@@ -1,7 +1,8 @@
 """Where do steps spend their time, and what travels for them?
 
 The last steps are kept as they are, for `GET /trace`; of all there have been, histograms of every
-stage.  A step costs 14 bisections and an append; nothing is formatted.
+stage.  A step costs two appends; its 14 bisections are done with those of other steps, and before
+every scrape: together, for between two steps the caches are cold.  Nothing is formatted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ __all__ = ["MAX_TRACE_STEPS", "StepMetrics", "Traffic"]
 
 MAX_TRACE_STEPS = 4096
 SHARE_WINDOW_NS = 10_000_000_000
+_NUM_TOGETHER = 32  # steps; their bisections take a fifth of a millisecond
 _STAGES = (*AGENT_STAGES, *MASTER_STAGES)
 _NS = 1e-9
 
@@ -52,6 +54,7 @@ class StepMetrics:
         self._traffic = traffic
         self._clock_ns = clock_ns
         self._last: deque[StepRecord] = deque(maxlen=MAX_TRACE_STEPS)
+        self._uncounted: list[StepRecord] = []  # not in any of the following yet
         self._stages = [[Histogram(STAGE_BUCKETS) for _ in _STAGES] for _ in KINDS]
         self._periods = [Histogram(TOKEN_BUCKETS) for _ in KINDS]
         self._num_rows = [0] * len(KINDS)
@@ -60,13 +63,9 @@ class StepMetrics:
     def observe(self, record: StepRecord) -> None:
         """A step is over, its events published."""
         self._last.append(record)
-        kind = record.kind
-        stages = (*record.agent_stages(), *record.master_stages())
-        for histogram, spent_ns in zip(self._stages[kind], stages, strict=True):
-            histogram.observe(spent_ns * _NS)
-        self._periods[kind].observe(record.period * _NS)
-        self._num_rows[kind] += record.num_rows
-        self._num_tokens[kind] += record.num_tokens
+        self._uncounted.append(record)
+        if len(self._uncounted) == _NUM_TOGETHER:
+            self._count()
 
     def trace(self, num_steps: int) -> dict[str, object]:
         """The last steps, the oldest first: the body of /trace."""
@@ -75,6 +74,7 @@ class StepMetrics:
 
     def collect(self, names: Sequence[str], labels: Sequence[str]) -> Iterator[Metric]:
         """Everything for one scrape; `names` are the labels that all series have."""
+        self._count()
         yield self._stage_family(names, labels)
         period = HistogramMetricFamily(
             "llm_serving:step_period_seconds",
@@ -104,6 +104,17 @@ class StepMetrics:
         yield share
         if self._traffic is not None:
             yield from _traffic_families(self._traffic, names, labels)
+
+    def _count(self) -> None:
+        for record in self._uncounted:
+            kind = record.kind
+            stages = (*record.agent_stages(), *record.master_stages())
+            for histogram, spent_ns in zip(self._stages[kind], stages, strict=True):
+                histogram.observe(spent_ns * _NS)
+            self._periods[kind].observe(record.period * _NS)
+            self._num_rows[kind] += record.num_rows
+            self._num_tokens[kind] += record.num_tokens
+        self._uncounted.clear()
 
     def shares(self) -> dict[str, float]:
         """Of the agent's time over the last ten seconds: in forward, in other work, idle.
