@@ -152,7 +152,9 @@ void multiply_row(const Packed& weight, const uint8_t* x, int panel_begin, int p
 // the next panel while this one is in the cache for all.  `w` and `next` (or null): `count` words of the panels.
 Ahead look_ahead(const uint8_t* w, const uint8_t* next, int count, int group, int groups) {
   if (groups == 1) return {w + 1024, WORD_BYTES};
-  if (next && group < 2) return {next + group * count * (WORD_BYTES / 2), WORD_BYTES / 2};
+  const int asking = groups < 4 ? groups : 4;
+  const size_t each = WORD_BYTES / asking;
+  if (next && group < asking) return {next + group * count * each, each};
   return {w, 0};
 }
 
