@@ -74,6 +74,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_num_batched_tokens: Positive = 1024
     max_num_waiting: Positive = 1024
     max_step_stretch: Annotated[float, msgspec.Meta(gt=1)] = 2.2  # .inf: prompts take what is left
+    burst_tokens: Positive = 8  # of a row, until which it waits for prompts that come with it
     prefix_caching: bool = True
     num_steps_in_flight: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
 

@@ -21,7 +21,7 @@ ALL = 64  # tokens of a step
 def decoding(names: str = "ab", cost: StepCost | None = COST, **limits: Any) -> Scheduler:
     """Some that have their first token: alone, two of them take 2 + 2 * 0.5 = 3 ms a step."""
     usual = {"num_blocks": 4096, "max_num_batched_tokens": ALL, "max_step_stretch": 2.0}
-    s = make(**usual | {"num_beginning": 1} | limits)
+    s = make(**usual | {"burst_tokens": 1} | limits)
     s.reckon_with(cost)
     for name in names:
         s.add(request(name, [ord(name)], max_new_tokens=500))
@@ -90,7 +90,7 @@ def test_without_decode_rows_prompts_take_the_whole_step() -> None:
 
 
 def test_a_burst_has_whole_steps_until_its_first_row_is_past_its_beginning() -> None:
-    s = decoding("", num_beginning=8)
+    s = decoding("", burst_tokens=8)
     for i in range(9):
         s.add(long(f"{i}", ALL - i, max_new_tokens=99))
     for i in range(8):
@@ -101,7 +101,7 @@ def test_a_burst_has_whole_steps_until_its_first_row_is_past_its_beginning() -> 
 
 
 def test_a_row_that_had_begun_before_a_burst_keeps_its_pace() -> None:
-    s = decoding("a", num_beginning=8)
+    s = decoding("a", burst_tokens=8)
     for _ in range(7):
         run_step(s)
     assert s.running[0].num_new_tokens == 8

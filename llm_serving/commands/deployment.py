@@ -164,6 +164,7 @@ class Deployment:
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_num_waiting=config.scheduler.max_num_waiting,
             max_step_stretch=config.scheduler.max_step_stretch,
+            burst_tokens=config.scheduler.burst_tokens,
             prefix_caching=config.scheduler.prefix_caching,
         )
         scheduler = Scheduler(BlockPool(ready.num_blocks, ready.block_size), limits)

@@ -85,6 +85,10 @@ def serve(
             "--max-step-stretch", "prompts make decode steps so many times longer, inf: any [2.2]"
         ),
     ] = None,
+    burst_tokens: Annotated[
+        int | None,
+        _option("--burst-tokens", "... but not until a row has so many tokens, 1: always [8]"),
+    ] = None,
     block_size: Annotated[
         int | None, _option("--block-size", "tokens of one KV-cache block [16]")
     ] = None,
@@ -147,6 +151,7 @@ def serve(
         "scheduler.max_num_batched_tokens": max_num_batched_tokens,
         "scheduler.max_num_waiting": max_num_waiting,
         "scheduler.max_step_stretch": max_step_stretch,
+        "scheduler.burst_tokens": burst_tokens,
         "scheduler.prefix_caching": prefix_caching,
         "kv_cache.block_size": block_size,
         "kv_cache.num_blocks": num_kv_blocks,

@@ -37,12 +37,12 @@ class StepBudget:
         cost: StepCost,
         *,
         stretch: float,
-        num_beginning: int,
+        burst_tokens: int,
         block_size: int,
     ) -> None:
         """Limit longer rows beside the decode rows of `running`, if one is past its beginning.
 
-        It is with that many tokens, sampled or being sampled.  `num_expected` rows will decode
+        It is with `burst_tokens`, sampled or being sampled.  `num_expected` rows will decode
         once those that wait are in, of a like context.
         """
         num_rows = num_context_tokens = most_sampled = 0
@@ -51,7 +51,7 @@ class StepBudget:
                 num_rows += 1
                 num_context_tokens += request.num_scheduled_tokens + 1
                 most_sampled = max(most_sampled, request.num_new_tokens + request.num_pending)
-        if most_sampled >= num_beginning and math.isfinite(stretch):
+        if num_rows and most_sampled >= burst_tokens and math.isfinite(stretch):
             self._cost = cost
             expected_tokens = num_context_tokens * num_expected // num_rows
             plain_ms = cost.decode_ms(num_expected, expected_tokens)
