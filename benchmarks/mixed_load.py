@@ -2,7 +2,7 @@
 
     python benchmarks/mixed_load.py [--stretch 1.5 2 2.2 2.5 3 off] [--serve "--weights int8"]
     python benchmarks/mixed_load.py --url http://127.0.0.1:8000 --model m
-    both: [--rounds 3] [--peer-ttft MS]
+    both: [--rounds 3] [--peer-ttft MS] [--together]
 
 16 streams ask again when they are answered (128 tokens in, 128 out), and every 2 s somebody sends
 a prompt of 512 tokens.  All prompts differ.  Without --url a server of ours is started for each
@@ -15,8 +15,11 @@ OpenAI's /v1/completions is driven.  Prints for each run, and at the end as medi
     TTFT 128   of the streams, p50
 
 The streams begin with answers of different lengths, as if they had run for long, and the first
-seconds are not counted.  `--every 0` leaves the long prompts out.  Last come the targets: ITL
-p99/p50, and with --peer-ttft, what a peer's TTFT p50 of the long prompts is, ours under it.
+seconds are not counted.  With --together all are alike and counted from the first: they begin, and
+if nothing tears them apart end and begin again, as one burst (see `scheduler.burst_tokens`, of
+which --burst-tokens tries several).  `--every 0` leaves the long prompts out.  Last come the
+targets: ITL p99/p50, and with --peer-ttft, what a peer's TTFT p50 of the long prompts is, ours
+under it.
 """
 
 from __future__ import annotations
@@ -78,6 +81,7 @@ class Load:
     prompt: int
     output: int
     long_prompt: int
+    together: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +154,7 @@ def run(load: Load) -> Figures:
             client.begin(calls[-1], lambda: stream(load.output))
 
     for i in range(load.streams):
-        stream(load.output * (i + 1) // load.streams)
+        stream(load.output if load.together else load.output * (i + 1) // load.streams)
     for i in itertools.count(1) if load.every_s else ():
         due_s = began_s + i * load.every_s
         if due_s > last_s:
@@ -218,6 +222,8 @@ def main() -> None:
     add("--url", help="a server that runs already")
     add("--model", default="llama2", help="its name for the model")
     add("--stretch", nargs="+", default=["1.5", "2", "2.2", "2.5", "3", "off"])
+    add("--burst-tokens", nargs="+", default=["8"])
+    add("--together", action="store_true", help="streams of equal lengths, counted from the first")
     add("--serve", default="", help="further flags of our server, as one word")
     add("--rounds", type=int, default=3)
     add("--peer-ttft", type=float, metavar="MS", help="TTFT p50 of long prompts at a peer")
@@ -235,8 +241,9 @@ def main() -> None:
 
     def measure(name: str, url: str) -> None:
         load = Load(
-            *(url.rstrip("/"), args.model, args.streams, args.every, args.warm_up),
-            *(args.seconds, args.prompt, args.output, args.long),
+            *(url.rstrip("/"), args.model, args.streams, args.every),
+            *(0.0 if args.together else args.warm_up, args.seconds),
+            *(args.prompt, args.output, args.long, args.together),
         )
         runs.setdefault(name, []).append(run(load))
         print(f"{name:>8}  {runs[name][-1]}", flush=True)
@@ -245,10 +252,11 @@ def main() -> None:
         if args.url:
             measure(args.model, args.url)
             continue
-        for stretch in args.stretch:
+        for stretch, burst in itertools.product(args.stretch, args.burst_tokens):
             flags = ["--max-step-stretch", "inf" if stretch == "off" else stretch]
+            flags += ["--burst-tokens", burst]
             with Server(*shlex.split(args.serve), *flags) as server:
-                measure(stretch, f"http://{server.host}:{server.port}")
+                measure(f"{stretch}, {burst}", f"http://{server.host}:{server.port}")
     print("medians")
     for name, several in runs.items():
         print(f"{name:>8}  {median_of(several)}")

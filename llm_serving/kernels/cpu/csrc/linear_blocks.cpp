@@ -70,9 +70,11 @@ void tile(const uint8_t* w, const uint8_t* x, const uint8_t* scales, size_t row_
       pin_address(rows[q]);
       pin_address(factors[q]);
     }
+    if (ahead.step != 0) {
 #pragma GCC unroll 17
-    for (int i = 0; i < AHEAD_LINES<format, M>; i++) prefetch(ahead.lines + 64 * i);
-    ahead.lines += ahead.step;
+      for (int i = 0; i < AHEAD_LINES<format, M>; i++) prefetch(ahead.lines + 64 * i);
+      ahead.lines += ahead.step;
+    }
     I32 dots[M][2];
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++)
@@ -133,12 +135,14 @@ const Tile* tiles(std::integer_sequence<int, M...>) {
   return table;
 }
 
-// As in linear_words.cpp, by blocks.
+// One group of rows computes while its own panel arrives, a little later; of several, the first ones ask for the
+// next panel while this one is in the cache for all.
 template <Format format>
 Ahead look_ahead(const uint8_t* w, const uint8_t* next, int count, int group, int groups) {
-  constexpr size_t half = 64 * AHEAD_LINES<format, TILE_ROWS>;
+  constexpr int asking = TILE_ROWS == 1 ? 1 : 2;
+  constexpr size_t each = 64 * AHEAD_LINES<format, TILE_ROWS>;
   if (groups == 1) return {w + 2 * block_bytes(format), block_bytes(format)};
-  if (next && group < 2) return {next + group * count * half, half};
+  if (next && group < asking) return {next + group * count * each, each};
   return {w, 0};
 }
 

@@ -148,8 +148,9 @@ void multiply_row(const Packed& weight, const uint8_t* x, int panel_begin, int p
   }
 }
 
-// One group of rows computes while its own panel arrives, a little later; of several, the first two ask for
-// the next panel while this one is in the cache for all.  `w` and `next` (or null): `count` words of the panels.
+// One group of rows computes while its own panel arrives, a little later; of several, the first ones (at
+// most four) ask for the next panel while this one is in the cache for all.  `w` and `next` (or null): `count`
+// words of the panels.
 Ahead look_ahead(const uint8_t* w, const uint8_t* next, int count, int group, int groups) {
   if (groups == 1) return {w + 1024, WORD_BYTES};
   const int asking = groups < 4 ? groups : 4;
