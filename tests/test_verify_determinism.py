@@ -13,10 +13,12 @@ import torch
 
 from llm_serving.agent.model_runner import ModelRunner
 from llm_serving.commands import verify_determinism
-from llm_serving.determinism.engine import Counts
+from llm_serving.determinism.engine import Counts, run_requests
 from llm_serving.determinism.scenarios import Scenario, make_prompts, plain_first, scenarios
 from llm_serving.determinism.seen import Digests, Seen
-from llm_serving.models.packed import NativePlan
+from llm_serving.errors import ConfigError
+from llm_serving.models.packed import NativePlan, NativeStep
+from llm_serving.step_arrays import StepInputs
 
 FEW = ["--prompts", "6", "--new-tokens", "4", "--threads", "2"]
 RUNS = (
@@ -30,23 +32,34 @@ RUNS = (
 )
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "int8"]])
+@pytest.mark.parametrize(("flags", "num_long"), [([], 2), (["--weights", "int8"], 1)])
 def test_native_logits_are_the_same_in_any_company(
-    smollm2: pathlib.Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+    smollm2: pathlib.Path, flags: list[str], num_long: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", str(smollm2), "--prompts", "24", "--new-tokens", "12", "--threads", "2"]
-    assert verify_determinism.main([*words, *flags]) == 0
+    num_prompts, new_tokens = {2: 16, 1: 12}[num_long], 8
+    words = ["--model", str(smollm2), "--prompts", str(num_prompts)]
+    words += ["--new-tokens", str(new_tokens)]
+    assert verify_determinism.main([*words, "--threads", "2", *flags]) == 0
     told = capsys.readouterr().out
-    total_unkept = 0
+    total_unkept, num_logits = 0, num_prompts * new_tokens
+    same = rf" same  \({num_logits} logits, {2 * num_logits} ids, (\d+) from steps without logits"
+    num_ahead = num_prompts * (new_tokens - 1)
     for name in RUNS:
         (line,) = [line for line in told.splitlines() if line.startswith(name)]
-        found = re.search(r" same  \(288 logits, 576 ids, (\d+) from steps without logits", line)
+        found = re.search(same, line)
         assert found, line
-        assert 12 <= int(found[1]) <= 10 * 12  # ten requests are plainly greedy
+        assert (
+            new_tokens <= int(found[1]) <= num_prompts // 2 * new_tokens
+        )  # plainly greedy are less
         total_unkept += int(found[1])
+        assert f" {num_long * 2 * (new_tokens - 1)} long contexts)" in line
+        # after a preemption the last id is known
+        ahead = re.search(r" (\d+) ahead, ", line)
+        assert ahead, line
+        assert num_ahead // 2 < int(ahead[1]) <= num_ahead
     assert told.splitlines()[-1] == (
         "every logit, id and logprob was the same, bit for bit: "
-        f"{7 * 288} logits, {7 * 576} ids, {total_unkept} from steps without logits"
+        f"{7 * num_logits} logits, {14 * num_logits} ids, {total_unkept} from steps without logits"
     )
 
 
@@ -61,7 +74,13 @@ def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_determinism, "scenarios", few)
 
 
-@pytest.mark.usefixtures("two_runs")
+@pytest.fixture
+def no_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what has nothing to do with them: they take most of the time."""
+    monkeypatch.setattr(verify_determinism, "LONGEST_PROMPT", 257)
+
+
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
 def test_a_logit_that_differs_is_found_with_its_position(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,7 +103,7 @@ def test_a_logit_that_differs_is_found_with_its_position(
     assert f"1 logits, 0 ids DIFFER, the first at position {positions[0]}" in told
 
 
-@pytest.mark.usefixtures("two_runs")
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
 @pytest.mark.parametrize("field", ["sum", "arg_max"])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_head_that_sums_up_wrongly_in_company_is_found(
@@ -123,6 +142,67 @@ def test_a_head_that_sums_up_wrongly_in_company_is_found(
 
 
 @pytest.mark.usefixtures("two_runs")
+def test_a_long_context_that_differs_in_company_is_found(
+    smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = NativePlan.run
+
+    def spoilt(
+        plan: NativePlan, hidden: torch.Tensor, step: NativeStep, first: int, last: int
+    ) -> torch.Tensor:
+        hidden = run(plan, hidden, step, first, last)
+        _, contexts, _ = step._rows
+        if len(contexts) > 1 and len(hidden) == len(contexts):
+            hidden[torch.from_numpy(contexts > 512)] += 0.01
+        return hidden
+
+    monkeypatch.setattr(NativePlan, "run", spoilt)
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"random company .* [1-9]\d* ids DIFFER, the first at position 11\d\d ", told)
+
+
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
+def test_a_row_that_is_given_the_sample_of_another_is_found(
+    smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    input_ids = ModelRunner._input_ids
+
+    def spoilt(runner: ModelRunner, inputs: StepInputs) -> npt.NDArray[np.int64]:
+        if len(runner._last_ids) > 1:
+            runner._last_ids = np.roll(runner._last_ids, 1)
+        return input_ids(runner, inputs)
+
+    monkeypatch.setattr(ModelRunner, "_input_ids", spoilt)
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    told = capsys.readouterr().out
+    assert re.search(r"random company .* 0 logits, [1-9]\d* ids DIFFER", told), told
+
+
+@pytest.mark.usefixtures("two_runs")
+def test_a_run_without_long_contexts_or_rows_ahead_proves_nothing(
+    smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_deep(*given: object, **named: object) -> Counts:
+        counts = run_requests(*given, **{**named, "depth": 1})  # type: ignore[arg-type]
+        counts.long_contexts = 0
+        return counts
+
+    monkeypatch.setattr(verify_determinism, "run_requests", one_deep)
+    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    told = capsys.readouterr().out
+    assert (
+        "alone                        proves nothing: no long contexts and no rows ahead;" in told
+    )
+    assert "DIFFER" not in told
+
+
+def test_answers_that_leave_no_room_for_a_prompt_are_refused(smollm2: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match="--new-tokens: 8192 leave no room in the model's 8192"):
+        verify_determinism.main(["--model", str(smollm2), "--new-tokens", "8192"])
+
+
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
 def test_a_run_that_always_keeps_logits_proves_nothing(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +243,14 @@ def test_prompts_share_beginnings_and_half_of_them_are_sampled() -> None:
     alone, others = scenarios(prompts, 4, 2)
     assert alone.limits.max_num_seqs == 1
     assert {scenario.num_threads for scenario in others} == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("longest", "is_long"), [(513, False), (514, True)])
+def test_long_contexts_are_forced_where_the_model_has_them(longest: int, is_long: bool) -> None:
+    prompts = make_prompts(6, 4, 100, longest, seed=0)
+    assert max(len(prompt.ids) for prompt in prompts) == longest - 4
+    alone, others = scenarios(prompts, 4, 2)
+    assert {"long_contexts" in each.forced for each in (alone, *others)} == {is_long}
 
 
 def test_plain_prompts_are_there_before_the_others() -> None:

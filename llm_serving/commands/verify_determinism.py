@@ -19,12 +19,14 @@ from llm_serving.config import load_config
 from llm_serving.determinism.engine import Counts, Prompt, run_requests
 from llm_serving.determinism.scenarios import (
     BLOCK_SIZE,
+    LONGEST_PROMPT,
     Scenario,
     make_prompts,
     plain_first,
     scenarios,
 )
 from llm_serving.determinism.seen import Seen
+from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard
 
 __all__ = ["main"]
@@ -61,7 +63,13 @@ def verify_determinism(
     )
     card = prepared_card(settings, StartReport())
     num_threads = threads or num_processors(pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup"))
-    longest = min(512, card.config.longest_context)
+    longest = min(
+        LONGEST_PROMPT + new_tokens,
+        card.config.longest_context,
+        card.config.sliding_window or card.config.longest_context,
+    )
+    if new_tokens >= longest:
+        raise ConfigError(f"--new-tokens: {new_tokens} leave no room in the model's {longest}")
     requests = make_prompts(prompts, new_tokens, card.config.vocab_size, longest, seed)
     alone, others = scenarios(requests, new_tokens, num_threads)
     expected, counts = _run(card, alone, requests, longest, new_tokens)
@@ -90,9 +98,10 @@ def _report(
         found.logits.differing(expected.logits),
         found.tokens.differing(expected.tokens),
     )
-    forced, missing = scenario.forced.replace("_", " "), []
-    if not all(scenario.has_forced(each) for each in counts):
-        missing.append(forced)
+    not_forced = {name: None for each in counts for name in scenario.not_forced(each)}
+    missing = [_words(name) for name in not_forced]
+    if not _total(counts, "ahead"):
+        missing.append("rows ahead")
     if skips_logits and not _total(counts, "unkept"):
         missing.append("steps without logits")
     verdict = "same"
@@ -102,11 +111,14 @@ def _report(
         first = min(logits + tokens)
         verdict = f"{len(logits)} logits, {len(tokens)} ids DIFFER, the first at position {first}"
     rows = sum(each.rows for each in counts) / sum(each.steps for each in counts)
-    shape = f"{rows:.1f} rows a step"
-    if forced:
-        shape += f", {_total(counts, scenario.forced)} {forced}"
-    print(f"{scenario.name:28} {verdict}  ({_compared(counts)}; {shape})", flush=True)
+    shape = [f"{rows:.1f} rows a step", f"{_total(counts, 'ahead')} ahead"]
+    shape += [f"{_total(counts, name)} {_words(name)}" for name in scenario.forced]
+    print(f"{scenario.name:28} {verdict}  ({_compared(counts)}; {', '.join(shape)})", flush=True)
     return verdict == "same"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _compared(counts: Sequence[Counts]) -> str:
@@ -125,7 +137,7 @@ def _run(
     longest: int,
     new_tokens: int,
 ) -> tuple[Seen, list[Counts]]:
-    """With logits, and as users are served."""
+    """With logits, step after step; and as users are served, a step ahead."""
     runner = ModelRunner.load(
         card,
         device="cpu",
@@ -155,6 +167,7 @@ def _run(
                 scenario.limits,
                 seen,
                 num_blocks=scenario.num_blocks,
+                depth=1 if wants_logits else 2,
                 wants_logits=wants_logits,
                 advance=advance,
             )

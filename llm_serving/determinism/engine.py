@@ -7,6 +7,7 @@ decide it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +26,9 @@ from llm_serving.master.step_inputs import StepInputBuilder
 from llm_serving.protocol import StepTimes
 from llm_serving.step_arrays import StepInputs, StepResult
 
-__all__ = ["Counts", "Prompt", "run_requests"]
+__all__ = ["LONG_CONTEXT", "Counts", "Prompt", "run_requests"]
+
+LONG_CONTEXT = 512  # attention over more may be split into parts, see attention_plan.cpp
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,8 @@ class Counts:
     mixed_steps: int = 0  # with prompt chunks and decode rows
     preemptions: int = 0
     prefix_hits: int = 0  # tokens
+    long_contexts: int = 0  # decode rows that see more than LONG_CONTEXT tokens
+    ahead: int = 0  # rows whose input was still being sampled when they were scheduled
     tokens: int = 0
     logits: int = 0  # rows of logits that were seen
     unkept: int = 0  # tokens of steps whose logits were never written to memory
@@ -81,17 +86,20 @@ def run_requests(
     seen: Seen,
     *,
     num_blocks: int,
+    depth: int,
     wants_logits: bool,
     advance: Callable[[int], None],
 ) -> Counts:
     """Serve all prompts to their ends and add what came out to `seen`.
 
+    A step is credited once `depth` steps are scheduled that were not yet, as `AsyncMaster` does.
     Without `wants_logits` steps keep what they keep for users, and only tokens are seen.
     `advance` is called with the number of tokens that came out.
     """
     scheduler = Scheduler(BlockPool(num_blocks, runner.block_size), limits)
     builder = StepInputBuilder(runner.block_size, logits_every=1 if wants_logits else None)
     counts, sink = Counts(), _Sink(seen.logits)
+    flights: deque[tuple[Step, StepResult]] = deque()
     pending = sorted(range(len(prompts)), key=lambda i: (prompts[i].arrives, i))
     while pending or scheduler.open_requests:
         while pending and (
@@ -99,17 +107,21 @@ def run_requests(
         ):
             i = pending.pop(0)
             scheduler.add(Request(str(i), prompts[i].ids, prompts[i].sampling))
-        step = scheduler.schedule()
-        assert step is not None, "requests are open and nothing can run"
-        inputs = builder.build(step)
-        result = _execute(runner, inputs)
+        if (step := scheduler.schedule()) is not None:
+            inputs = builder.build(step)
+            flights.append((step, _execute(runner, inputs)))
+            _count(counts, step, is_kept=runner.keeps_logits(inputs))
+        assert flights, "requests are open and nothing can run"
+        if step is not None and len(flights) < depth:
+            continue
+        step, result = flights.popleft()
         if wants_logits:
             give_logits(step, result, sink)
-        _take_tokens(step, result, seen.tokens)
+            counts.logits += len(result.logits)
+        num_tokens = _take_tokens(step, result, seen.tokens)
         scheduler.update(step, result)
-        _count(counts, step, is_kept=runner.keeps_logits(inputs))
-        counts.logits += len(result.logits)
-        advance(len(step.samplers))
+        counts.tokens += num_tokens
+        advance(num_tokens)
     counts.preemptions, counts.prefix_hits = scheduler.num_preemptions, scheduler.num_prefix_hits
     return counts
 
@@ -129,9 +141,13 @@ def _execute(runner: ModelRunner, inputs: StepInputs) -> StepResult:
     )
 
 
-def _take_tokens(step: Step, result: StepResult, digests: Digests) -> None:
-    """To be called before the step's result is credited, as `give_logits`."""
+def _take_tokens(step: Step, result: StepResult, digests: Digests) -> int:
+    """How many there are; to be called before the step's result is credited, as `give_logits`."""
+    num_tokens = 0
     for i, row in enumerate(step.samplers):
+        if row.epoch != row.request.epoch:
+            continue  # it will be computed again
+        num_tokens += 1
         known, record = row.start + row.num_tokens, row.request.sampling_record
         ids = row.request.token_ids.view()[:known].tobytes()
         num_top = row.request.sampling.num_logprobs
@@ -144,6 +160,7 @@ def _take_tokens(step: Step, result: StepResult, digests: Digests) -> None:
             result.top_logprobs[i, :num_top],
         )
         digests.add(digest(ids, record), digest(*(part.tobytes() for part in value)), known - 1)
+    return num_tokens
 
 
 def _count(counts: Counts, step: Step, *, is_kept: bool) -> None:
@@ -151,7 +168,8 @@ def _count(counts: Counts, step: Step, *, is_kept: bool) -> None:
     counts.steps += 1
     counts.rows += len(lengths)
     counts.mixed_steps += min(lengths) == 1 and max(lengths) > 1
-    counts.tokens += len(step.samplers)
+    counts.long_contexts += sum(r.num_tokens == 1 and r.start >= LONG_CONTEXT for r in step.rows)
+    counts.ahead += sum(row.source >= 0 for row in step.rows)
     counts.unkept += 0 if is_kept else len(step.samplers)
 
 

@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llm_serving.determinism.engine import Counts, Prompt
+from llm_serving.determinism.engine import LONG_CONTEXT, Counts, Prompt
 from llm_serving.generation import SamplingParams
 from llm_serving.master.scheduler import Limits
 
-__all__ = ["Scenario", "make_prompts", "plain_first", "scenarios"]
+__all__ = ["LONGEST_PROMPT", "Scenario", "make_prompts", "plain_first", "scenarios"]
 
 BLOCK_SIZE = 16
-_MIXED_LENGTHS = (1, 2, 15, 16, 17, 33, 64, 100, 129, 200, 257, 400)
+# The short ones after the longest fill a pool that has hardly more blocks than that, and then grow.
+_MIXED_LENGTHS = (1, 2, 1100, 15, 7, 33, 16, 17, 64, 100, 129, 257, 400)
+LONGEST_PROMPT = max(_MIXED_LENGTHS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,11 @@ class Scenario:
     limits: Limits
     num_blocks: int
     num_threads: int
-    forced: str = ""  # the field of `Counts` that must not be 0
+    forced: tuple[str, ...] = ()  # the fields of `Counts` that must not be 0
     random_arrivals: bool = False
 
-    def has_forced(self, counts: Counts) -> bool:
-        return not self.forced or getattr(counts, self.forced) > 0
+    def not_forced(self, counts: Counts) -> list[str]:
+        return [name for name in self.forced if not getattr(counts, name)]
 
 
 def make_prompts(
@@ -64,32 +66,37 @@ def plain_first(prompts: Sequence[Prompt], new_tokens: int) -> list[Prompt]:
 def scenarios(
     prompts: Sequence[Prompt], new_tokens: int, num_threads: int
 ) -> tuple[Scenario, list[Scenario]]:
-    """Each request alone, and everything that must give the same bits."""
+    """Each request alone, and everything that must give the same bits.
+
+    Long contexts are forced if the model allows any.
+    """
     blocks = [-(-(len(prompt.ids) + new_tokens) // BLOCK_SIZE) for prompt in prompts]
     longest, ample = max(blocks), sum(blocks) + len(blocks)
-    whole = Limits(max_num_seqs=len(prompts), max_num_batched_tokens=1024, prefix_caching=False)
+    whole = Limits(max_num_seqs=len(prompts), max_num_batched_tokens=2048, prefix_caching=False)
     chunks = replace(whole, max_num_batched_tokens=48)
-    alone = Scenario("alone", replace(whole, max_num_seqs=1), ample, num_threads)
+    is_long = any(len(prompt.ids) + new_tokens - 1 > LONG_CONTEXT for prompt in prompts)
+    forced = ("long_contexts",) if is_long else ()
+    alone = Scenario("alone", replace(whole, max_num_seqs=1), ample, num_threads, forced)
     tight = longest + 1  # the longest fits alone, so all the others must give way
     return alone, [
-        Scenario("in random company", whole, ample, num_threads, "mixed_steps", True),
-        Scenario("prompts in chunks", chunks, ample, num_threads, "mixed_steps", True),
+        Scenario("in random company", whole, ample, num_threads, ("mixed_steps", *forced), True),
+        Scenario("prompts in chunks", chunks, ample, num_threads, ("mixed_steps", *forced), True),
         Scenario(
             "preempted and computed again",
             replace(chunks, headroom_blocks=0, reserve_share=0.0),
             tight,
             num_threads,
-            "preemptions",
+            ("preemptions", *forced),
         ),
         Scenario(
             "from the prefix cache",
             replace(whole, prefix_caching=True, max_num_seqs=4),
             ample,
             num_threads,
-            "prefix_hits",
+            ("prefix_hits", *forced),
         ),
         *(
-            Scenario(f"{threads} thread{'s' * (threads > 1)}", whole, ample, threads, "", True)
+            Scenario(f"{threads} thread{'s' * (threads > 1)}", whole, ample, threads, forced, True)
             for threads in sorted({1, 2, 3} - {num_threads})
         ),
     ]
