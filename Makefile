@@ -2,6 +2,7 @@
 # make test     everything installed and the tests passed
 # make check    formatting, lint, types, architecture; writes nothing
 # make fix      what can be mended by itself
+# make test-reference  the tests once more, without the native kernels
 # make sanitize the tests of the native kernels under the address and undefined sanitizers
 #
 # TORCH_INDEX   where torch comes from if not from pip's own index, for example
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix sanitize clean
+.PHONY: help install serve test test-reference check fix sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -38,6 +39,10 @@ serve: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# What a machine without a compiler runs; what is about the native kernels alone is skipped.
+test-reference: install
+	LLM_SERVING_INSTRUCTION_SET=none $(BIN)/python -m pytest
 
 check: install
 	$(BIN)/ruff format --check --quiet .
@@ -60,7 +65,8 @@ sanitize: install
 	cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
-	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py
+	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py \
+	  tests/test_packed_model.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

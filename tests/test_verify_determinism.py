@@ -17,6 +17,7 @@ from llm_serving.determinism.engine import Counts
 from llm_serving.determinism.scenarios import Scenario, make_prompts, plain_first, scenarios
 from llm_serving.determinism.seen import Digests, Seen
 from llm_serving.models.packed import NativePlan
+from tests.native_kernels import needs_native
 
 FEW = ["--prompts", "6", "--new-tokens", "4", "--threads", "2"]
 RUNS = (
@@ -30,6 +31,7 @@ RUNS = (
 )
 
 
+@needs_native
 @pytest.mark.parametrize("flags", [[], ["--weights", "int8"]])
 def test_native_logits_are_the_same_in_any_company(
     smollm2: pathlib.Path, flags: list[str], capsys: pytest.CaptureFixture[str]
@@ -61,6 +63,7 @@ def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_determinism, "scenarios", few)
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs")
 def test_a_logit_that_differs_is_found_with_its_position(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -84,6 +87,7 @@ def test_a_logit_that_differs_is_found_with_its_position(
     assert f"1 logits, 0 ids DIFFER, the first at position {positions[0]}" in told
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs")
 @pytest.mark.parametrize("field", ["sum", "arg_max"])
 @pytest.mark.parametrize("is_kept", [False, True])
@@ -122,6 +126,7 @@ def test_a_head_that_sums_up_wrongly_in_company_is_found(
     assert lines[-1].startswith("not proved; ")
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs")
 def test_a_run_that_always_keeps_logits_proves_nothing(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
