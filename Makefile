@@ -55,16 +55,18 @@ fix: install
 	$(BIN)/ruff format --quiet .
 
 # A copy of the tree holds the module, so that the one in use stays.  Python itself is not sanitized: the
-# runtimes come first, and its own leaks are not looked at.
+# runtimes come first, and its own leaks are not looked at.  Without -S the editable install would bring the
+# module in use.
 SANITIZED := build/sanitize
 sanitize: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -DSANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DMODULE_DIRECTORY=$(CURDIR)/$(SANITIZED)/tree/llm_serving/kernels/cpu
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --parallel
 	tar -c --exclude='_native*.so' llm_serving tests performance_serving pyproject.toml | tar -x -C $(SANITIZED)/tree
-	cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd $(SANITIZED)/tree && PYTHONPATH="$$PWD:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
+	  $(abspath $(BIN))/python -S -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
 	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py \
 	  tests/test_packed_model.py
 

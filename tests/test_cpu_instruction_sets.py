@@ -49,5 +49,5 @@ def test_what_is_not_there_is_refused_by_name(wanted: str, monkeypatch: pytest.M
         selected()
     with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
         packed_as_served("bfloat16", "auto", "native")
-    with pytest.raises(ConfigError, match=f"isa must be one of auto, {SUPPORTED[0]}.* not {wanted}"):
+    with pytest.raises(ConfigError, match=f"isa must be one of auto, {SUPPORTED[0]}.* {wanted}$"):
         NativeKernels(1, wanted)

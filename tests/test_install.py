@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -21,7 +22,7 @@ BUILD_REQUIREMENTS = ("scikit_build_core", "nanobind", "pip")
 def run(*words: str, cwd: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != INSTRUCTION_SET}
     return subprocess.run(
-        [sys.executable, "-m", *words],
+        [sys.executable, *words],
         capture_output=True,
         text=True,
         timeout=120,
@@ -43,7 +44,9 @@ def test_without_a_compiler_the_package_installs_and_says_that_it_runs_on_refere
         shutil.copy(HOUSE / name, source)
     flags = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
     no_compiler = {"CXX": "/bin/false", "CC": "/bin/false"}
-    built = run("pip", "wheel", "-v", *flags, "-w", str(tmp_path), ".", cwd=source, **no_compiler)
+    built = run(
+        "-m", "pip", "wheel", "-v", *flags, "-w", str(tmp_path), ".", cwd=source, **no_compiler
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     assert "is not able to compile" in built.stdout + built.stderr  # else it proves nothing
     (wheel,) = tmp_path.glob("*.whl")
@@ -53,8 +56,11 @@ def test_without_a_compiler_the_package_installs_and_says_that_it_runs_on_refere
     assert "llm_serving/kernels/cpu/native.py" in names
     assert not [name for name in names if name.endswith((".so", ".cpp", ".hpp"))]
     started = run(
-        "llm_serving", "serve", "--model", str(tmp_path / "no-model"), "--port", "0",
-        "--device", "cpu", cwd=installed, PYTHONPATH=str(installed),
-    )  # fmt: skip
+        *("-S", "-m", "llm_serving", "serve", "--model", str(tmp_path / "no-model"), "--port", "0"),
+        *("--device", "cpu"),
+        cwd=installed,
+        PYTHONPATH=f"{installed}{os.pathsep}{sysconfig.get_path('purelib')}",
+    )  # -S: an editable install, in a .pth file, would come first
     assert started.returncode == 1
     assert "kernels    reference: the extension module was not built (" in started.stdout
+    assert "Traceback" not in started.stderr
