@@ -2,6 +2,7 @@
 # make test     everything installed and the tests passed
 # make check    formatting, lint, types, architecture; writes nothing
 # make fix      what can be mended by itself
+# make test-reference  the tests once more, without the native kernels
 # make sanitize the tests of the native kernels under the address and undefined sanitizers
 #
 # TORCH_INDEX   where torch comes from if not from pip's own index, for example
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test check fix sanitize clean
+.PHONY: help install serve test test-reference check fix sanitize clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -39,6 +40,10 @@ serve: install
 test: install
 	$(BIN)/python -m pytest
 
+# What a machine without a compiler runs; what is about the native kernels alone is skipped.
+test-reference: install
+	LLM_SERVING_INSTRUCTION_SET=none $(BIN)/python -m pytest
+
 check: install
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -50,17 +55,20 @@ fix: install
 	$(BIN)/ruff format --quiet .
 
 # A copy of the tree holds the module, so that the one in use stays.  Python itself is not sanitized: the
-# runtimes come first, and its own leaks are not looked at.
+# runtimes come first, and its own leaks are not looked at.  Without -S the editable install would bring the
+# module in use.
 SANITIZED := build/sanitize
 sanitize: install
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -DSANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DMODULE_DIRECTORY=$(CURDIR)/$(SANITIZED)/tree/llm_serving/kernels/cpu
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --parallel
 	tar -c --exclude='_native*.so' llm_serving tests performance_serving pyproject.toml | tar -x -C $(SANITIZED)/tree
-	cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd $(SANITIZED)/tree && PYTHONPATH="$$PWD:$$($(abspath $(BIN))/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  $(abspath $(BIN))/python -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
-	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py
+	  $(abspath $(BIN))/python -S -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
+	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py \
+	  tests/test_packed_model.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_serving.kernels.cpu.native import native as load_native
+from tests.native_kernels import native_or_skip
 
-native = load_native()
+native = native_or_skip()
 
 Floats = npt.NDArray[np.float32]
 ISAS = native.supported()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llm_serving.kernels.cpu.native import native as load_native
+from tests.native_kernels import native_or_skip
 
-native = load_native()
+native = native_or_skip()
 
 ISAS = native.supported()
 SIZES = [1, 2, 15, 16, 17, 31, 32, 33, 48, 64, 80, 576, 1000]

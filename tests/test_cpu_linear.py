@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_serving.kernels.cpu.native import native as load_native
+from tests.native_kernels import native_or_skip
 
-_native = load_native()
+_native = native_or_skip()
 
 Array = npt.NDArray[np.float32]
 Format, Source, Epilogue = _native.Format, _native.Source, _native.Epilogue

@@ -21,11 +21,11 @@ from llm_serving.agent.philox import uniforms
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.kernels.cpu.backend import SUMMARY_DTYPE
-from llm_serving.kernels.cpu.native import native as load_native
 from llm_serving.step_arrays import StepInputs
 from llm_serving.step_packing import INPUT_NAMES
+from tests.native_kernels import native_or_skip
 
-native = load_native()
+native = native_or_skip()
 torch.set_num_threads(1)
 
 Floats = npt.NDArray[np.float32]

@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from llm_serving.kernels.cpu.native import native
+from tests.native_kernels import native_or_skip
 from tests.test_cpu_linear import from_bf16, multiply, packed, random_packed, to_bf16
 
-TILED = native().on_request()
+native = native_or_skip()
+TILED = native.on_request()
 Array = npt.NDArray[np.float32]
 
 pytestmark = pytest.mark.parametrize("isa", TILED)
@@ -73,7 +74,7 @@ def test_denormals_are_zero_and_stay_what_they_are_elsewhere(
     rows: npt.NDArray[Any] = to_bf16(np.array([w], np.float32))
     assert (from_bf16(rows) == w).all()
     weight = packed("BF16", "BF16", rows, len(w))
-    assert multiply(isa, weight, np.array([x], np.float32), native().Pool(1)).item() == y
+    assert multiply(isa, weight, np.array([x], np.float32), native.Pool(1)).item() == y
     assert np.float32(2.0**-130) * np.float32(0.5) == np.float32(2.0**-131)
 
 

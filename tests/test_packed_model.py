@@ -10,11 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Quant
+from gguf import dequantize, quantize
 
 from llm_serving.agent.kv_cache import KvCache
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.backend import NativeKernels
-from llm_serving.kernels.cpu.native import native
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelCard, Weights
 from llm_serving.models.layers import LinearPart, PlainLinears
@@ -25,10 +26,18 @@ from llm_serving.models.packed import (
     load_packed,
 )
 from llm_serving.models.rope import rotary_table
+from llm_serving.prepare.gguf_file import GgufFile
+from llm_serving.prepare.gguf_rows import GgufRows
+from llm_serving.prepare.gguf_weights import gguf_name
 from llm_serving.prepare.hf_rows import HfRows
 from llm_serving.prepare.packing import pack_model
 from llm_serving.prepare.progress import Quiet
+from tests.native_kernels import native_or_skip
+from tests.tiny_gguf import metadata, stored, write_gguf
 from tests.tiny_models import CONTEXT, CPU, Twin, build_twin
+
+native = native_or_skip()
+ISAS = [*native.supported(), *native.on_request()]
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 12
 SIZES = {"hidden_size": 48, "intermediate_size": 96}
@@ -42,11 +51,32 @@ FAMILIES: dict[str, dict[str, Any]] = {
 ATOL = {"float32": 1e-4, "bfloat16": 0.5, "int8": 2.0}
 
 
+BLOCKS = [Quant.Q8_0, Quant.Q4_0, Quant.Q4_1]
+BLOCKS_ATOL = 0.8  # of logits up to 6: activations are 8 bits
+
+
 def pack(twin: Twin, weights: Weights, folder: pathlib.Path) -> PackedFile:
     path = folder / f"{weights}.packed"
     shards = [pathlib.Path(shard) for shard in twin.card.weights]
     pack_model(HfRows(shards), twin.card.config, weights, path, Quiet())
     return PackedFile(path)
+
+
+def pack_blocks(kind: Quant, folder: pathlib.Path) -> tuple[Twin, PackedFile]:
+    """A twin whose matrices are what blocks of a GGUF file stand for, and those blocks packed."""
+    twin = build_twin(folder, "llama", hidden_size=96, intermediate_size=128)
+    config, tensors = twin.card.config, {}
+    for name, weight in twin.reference.state_dict().items():
+        if weight.ndim == 1:
+            tensors[gguf_name(name)] = weight.numpy(), Quant.F32
+        else:
+            blocks = quantize(weight.numpy(), kind)
+            weight.copy_(torch.from_numpy(dequantize(blocks, kind)))
+            tensors[gguf_name(name)] = stored(name, blocks, config), kind
+    file = GgufFile(write_gguf(folder / "blocks.gguf", tensors, metadata(config)))
+    path = folder / "blocks.packed"
+    pack_model(GgufRows(file, "LlamaForCausalLM", config), config, "native", path, Quiet())
+    return twin, PackedFile(path)
 
 
 class Runner:
@@ -170,7 +200,7 @@ def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
     np.testing.assert_allclose(kept["sum"], total, rtol=1e-5)
 
 
-@pytest.mark.parametrize("isa", [*native().supported(), *native().on_request()])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("weights", ATOL)
 def test_chunks_and_threads_do_not_change_a_bit(
@@ -182,6 +212,23 @@ def test_chunks_and_threads_do_not_change_a_bit(
     alone = Runner(twin.card, file, dtype=dtype, isa=isa, num_threads=1)
     assert whole.isfinite().all()
     assert torch.equal(whole, chunks)
+    assert torch.equal(whole, alone.logits(IDS, [3, 1] * 17 + [2]))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_blocks_of_a_gguf_file_are_multiplied_as_they_stand(
+    kind: Quant, dtype: torch.dtype, isa: str, tmp_path: pathlib.Path
+) -> None:
+    twin, file = pack_blocks(kind, tmp_path)
+    runner = Runner(twin.card, file, dtype=dtype, isa=isa)
+    whole = runner.logits(IDS, [70])
+    assert runner.plan.covers(0, 3) == 3
+    torch.testing.assert_close(whole, twin.logits(IDS), atol=BLOCKS_ATOL, rtol=0)
+    chunks = Runner(twin.card, file, dtype=dtype, isa=isa).logits(IDS, [1, 2, 13, 1, 31, 15, 7])
+    assert torch.equal(whole, chunks)
+    alone = Runner(twin.card, file, dtype=dtype, isa=isa, num_threads=1)
     assert torch.equal(whole, alone.logits(IDS, [3, 1] * 17 + [2]))
 
 

@@ -29,6 +29,7 @@ from llm_serving.prepare.hub import download_snapshot
 from llm_serving.prepare.prepare import prepare
 from llm_serving.prepare.progress import Quiet
 from llm_serving.prepare.sources import Source, find_source
+from tests.native_kernels import needs_native
 from tests.tiny_gguf import CONFIG, END, from_hf, metadata, random_tensors, write_gguf
 from tests.tiny_tokenizer import tiny_tokenizer_path
 
@@ -425,7 +426,11 @@ def test_the_json_of_a_card_is_one_line(
 
 @pytest.mark.parametrize(
     ("flags", "weights"),
-    [([], "auto"), (["--weights", "int8"], "int8"), (["--kernels", "reference"], None)],
+    [
+        pytest.param([], "auto", marks=needs_native),
+        pytest.param(["--weights", "int8"], "int8", marks=needs_native),
+        (["--kernels", "reference"], None),
+    ],
 )
 def test_the_command_prepares_what_serve_with_the_same_flags_looks_for(
     gguf: pathlib.Path, flags: list[str], weights: str | None

@@ -23,6 +23,7 @@ from llm_serving.master.step_inputs import StepInputBuilder
 from llm_serving.model_card import ModelCard
 from llm_serving.prepare.prepare import prepare
 from llm_serving.prepare.progress import Quiet
+from tests.native_kernels import needs_native
 from tests.serving import RunningServer
 
 NUM_NEW = 12
@@ -50,7 +51,7 @@ def texts(tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-@pytest.fixture(params=["native", "reference"])
+@pytest.fixture(params=[pytest.param("native", marks=needs_native), "reference"])
 def kernels(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -19,6 +19,7 @@ from llm_serving.commands import stop
 from llm_serving.commands.ports import listen_on
 from llm_serving.commands.server_record import ServerRecord, find_server
 from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.native import INSTRUCTION_SET
 from tests.serving import RunningServer, wait_until
 from tests.trained_sentencepiece import train
 
@@ -75,6 +76,24 @@ def test_the_7b_configurations_serve_a_twin(
         assert answer["prompt_tokens"] == 1 + len(answer["details"]["prefill"]) + 2
     finally:
         assert server.stop() == 0
+
+
+def test_without_native_kernels_the_start_says_why_and_the_reference_serves(
+    tmp_path: pathlib.Path, twin: pathlib.Path
+) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path), INSTRUCTION_SET: "none"}
+    server = RunningServer(tmp_path / "log", "--model", str(twin), env=environment).wait_ready()
+    try:
+        assert f"\nkernels    reference: {INSTRUCTION_SET} is none\n" in f"\n{server.output}"
+        assert re.search(r"^agent .* threads, reference$", server.output, re.M)
+        assert server.generate("hello world", max_new_tokens=4)["generated_text"]
+    finally:
+        assert server.stop() == 0
+    refused = serve("--model", str(twin), "--kernels", "native", "--port", "0", **environment)
+    assert refused.returncode == 1
+    sentence = f"agent.kernels: native cannot run: {INSTRUCTION_SET} is none"
+    assert sentence in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.parametrize("config", LLAMA, ids=lambda path: path.stem)

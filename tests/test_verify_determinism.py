@@ -19,6 +19,7 @@ from llm_serving.determinism.seen import Digests, Seen
 from llm_serving.errors import ConfigError
 from llm_serving.models.packed import NativePlan, NativeStep
 from llm_serving.step_arrays import StepInputs
+from tests.native_kernels import needs_native
 
 FEW = ["--prompts", "6", "--new-tokens", "4", "--threads", "2"]
 RUNS = (
@@ -32,6 +33,7 @@ RUNS = (
 )
 
 
+@needs_native
 @pytest.mark.parametrize(("flags", "num_long"), [([], 2), (["--weights", "int8"], 1)])
 def test_native_logits_are_the_same_in_any_company(
     smollm2: pathlib.Path, flags: list[str], num_long: int, capsys: pytest.CaptureFixture[str]
@@ -74,6 +76,7 @@ def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_determinism, "scenarios", few)
 
 
+<<<<<<< HEAD
 @pytest.fixture
 def no_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what has nothing to do with them: they take most of the time."""
@@ -81,6 +84,10 @@ def no_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("two_runs", "no_long_prompts")
+=======
+@needs_native
+@pytest.mark.usefixtures("two_runs")
+>>>>>>> w/ref
 def test_a_logit_that_differs_is_found_with_its_position(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +110,12 @@ def test_a_logit_that_differs_is_found_with_its_position(
     assert f"1 logits, 0 ids DIFFER, the first at position {positions[0]}" in told
 
 
+<<<<<<< HEAD
 @pytest.mark.usefixtures("two_runs", "no_long_prompts")
+=======
+@needs_native
+@pytest.mark.usefixtures("two_runs")
+>>>>>>> w/ref
 @pytest.mark.parametrize("field", ["sum", "arg_max"])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_head_that_sums_up_wrongly_in_company_is_found(
@@ -141,6 +153,7 @@ def test_a_head_that_sums_up_wrongly_in_company_is_found(
     assert lines[-1].startswith("not proved; ")
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs")
 def test_a_long_context_that_differs_in_company_is_found(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

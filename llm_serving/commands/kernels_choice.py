@@ -7,7 +7,7 @@ import pathlib
 from llm_serving.config import ServingConfig, load_config
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.layout import TILE
-from llm_serving.kernels.cpu.native import instruction_set, why_not
+from llm_serving.kernels.cpu.native import INSTRUCTION_SET, instruction_set, why_not
 
 __all__ = ["packed_as_served", "packed_weights"]
 
@@ -17,17 +17,20 @@ _GPU = pathlib.Path("/dev/nvidiactl")
 def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     """(`weights` of `prepare`, why the native kernels do not run).
 
-    Raises ConfigError if they, or an instruction set, were asked for and cannot run.
+    Raises ConfigError if they, or an instruction set, were asked for and cannot run.  With
+    `agent.kernels` reference an instruction set is asked for by nobody, but must exist.
     """
     model, agent = config.model, config.agent
+    wanted = instruction_set()
     reason = _why_not_native(config)
     if not reason:
-        instruction_set()
         return model.weights, ""
     if agent.kernels == "native":
         raise ConfigError(f"agent.kernels: native cannot run: {reason}")
     if model.weights != "auto":
         raise ConfigError(f"model.weights: {model.weights} needs the native kernels, but {reason}")
+    if wanted not in ("auto", "none") and agent.kernels != "reference":
+        raise ConfigError(f"{INSTRUCTION_SET}: {wanted} needs the native kernels, but {reason}")
     return None, reason
 
 

@@ -29,25 +29,29 @@ else:
 
 def why_not() -> str:
     """Why the native kernels cannot run here; empty if they can."""
+    if os.environ.get(INSTRUCTION_SET) == "none":
+        return f"{INSTRUCTION_SET} is none"
     return _reason
 
 
 def native() -> Any:
     """The extension module.  Ask `why_not` first."""
-    if _module is None:
-        raise ImportError(_reason)
+    if reason := why_not():
+        raise ImportError(reason)
     return _module
 
 
 def instruction_set() -> str:
-    """The one that the environment asks for, else "auto".  Ask `why_not` first.
+    """The one that the environment asks for, else "auto"; "none" switches the kernels off.
 
-    Raises ConfigError for one that this processor or this build lacks.
+    Raises ConfigError for one that this processor or this build lacks.  Without the module nobody
+    knows which there are, and any is returned.
     """
     wanted = os.environ.get(INSTRUCTION_SET) or "auto"
-    module = native()
-    known = ["auto", *module.supported(), *module.on_request()]
-    if wanted not in known:
-        there = ", ".join(known)
-        raise ConfigError(f"{INSTRUCTION_SET}: expected one of {there} here, found {wanted!r:.60}")
+    if _module is not None:
+        known = ["auto", "none", *_module.supported(), *_module.on_request()]
+        if wanted not in known:
+            there = ", ".join(known)
+            sentence = f"expected one of {there} here, found {wanted!r:.60}"
+            raise ConfigError(f"{INSTRUCTION_SET}: {sentence}")
     return wanted
