@@ -76,18 +76,14 @@ def two_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify_determinism, "scenarios", few)
 
 
-<<<<<<< HEAD
 @pytest.fixture
 def no_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what has nothing to do with them: they take most of the time."""
     monkeypatch.setattr(verify_determinism, "LONGEST_PROMPT", 257)
 
 
-@pytest.mark.usefixtures("two_runs", "no_long_prompts")
-=======
 @needs_native
-@pytest.mark.usefixtures("two_runs")
->>>>>>> w/ref
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
 def test_a_logit_that_differs_is_found_with_its_position(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,12 +106,8 @@ def test_a_logit_that_differs_is_found_with_its_position(
     assert f"1 logits, 0 ids DIFFER, the first at position {positions[0]}" in told
 
 
-<<<<<<< HEAD
-@pytest.mark.usefixtures("two_runs", "no_long_prompts")
-=======
 @needs_native
-@pytest.mark.usefixtures("two_runs")
->>>>>>> w/ref
+@pytest.mark.usefixtures("two_runs", "no_long_prompts")
 @pytest.mark.parametrize("field", ["sum", "arg_max"])
 @pytest.mark.parametrize("is_kept", [False, True])
 def test_a_head_that_sums_up_wrongly_in_company_is_found(
