@@ -37,6 +37,18 @@ def table(tmp_path: pathlib.Path, content: object) -> subprocess.CompletedProces
     return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
 
+def test_rounds_of_several_files_are_joined(tmp_path: pathlib.Path) -> None:
+    for i, (ours, theirs) in enumerate([(200, 80), (180, 90), (190, 70)]):
+        peers = {
+            "llamacpp-q4_1": peer(measured({"1": theirs}, 1000)),
+            "ours-q4_1": peer(measured({"1": ours}, 200)),
+        }
+        (tmp_path / f"{i}.json").write_text(json.dumps({"peers": peers}))
+    words = [sys.executable, str(FOLDER / "table.py"), *(str(p) for p in tmp_path.glob("*.json"))]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "| 190 | 80 (llamacpp-q4_1) | 2.38 (2.00 to 2.71) | >= 2.0 | met |" in told
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("| ").split(" | ")]
 

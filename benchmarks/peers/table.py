@@ -1,9 +1,10 @@
 """The tables of a run of compare.py with peers.json: every peer, then each target that it decides.
 
-    python benchmarks/peers/table.py RESULTS.json
+    python benchmarks/peers/table.py RESULTS.json [...]
 
-Figures are medians over the rounds.  A ratio is ours to the best peer's, by their medians; with
-several rounds, in brackets, the least and the most of the rounds, each within its own round.
+Figures are medians over the rounds, those of all files together.  A ratio is ours to the best
+peer's, by their medians; with several rounds, in brackets, the least and the most of the rounds,
+each within its own round.
 The other targets come from other scripts of benchmarks/: ITL p99/p50 from mixed_load.py, HTTP
 against bare from serving_overhead.py, the roofline from roofline_cpu.py, long contexts from
 long_context.py, start and memory from start_memory.py.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -145,6 +147,29 @@ def _spread(target: Target, peers: Peers) -> str:
     return f" ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else ""
 
 
+def joined(files: Sequence[Peers]) -> Peers:
+    """Peers with the rounds of all files, the n-th of each beside the n-th of the others."""
+    if len(files) == 1:
+        return files[0]
+    peers: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for name, peer in file.items():
+            rounds = peers.setdefault(name, {"rounds": []})["rounds"]
+            rounds += peer["rounds"]
+    for peer in peers.values():
+        if peer["rounds"]:
+            peer["median"] = _median(peer["rounds"])
+    return peers
+
+
+def _median(values: Sequence[Any]) -> Any:
+    """Of numbers; of objects, of each of their fields.  Of anything else, the first."""
+    if all(isinstance(value, dict) for value in values):
+        return {key: _median([v[key] for v in values if key in v]) for key in values[0]}
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+    return statistics.median(numbers) if len(numbers) == len(values) else values[0]
+
+
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
@@ -157,10 +182,12 @@ def _print(rows: Sequence[Sequence[str]]) -> None:
 def main() -> int:
     """Exit code 0; 1 if there is no such file, or it is none of compare.py's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=pathlib.Path, metavar="RESULTS.json")
-    path = parser.parse_args().results
+    parser.add_argument("results", type=pathlib.Path, metavar="RESULTS.json", nargs="+")
+    files = []
     try:
-        peers = json.loads(path.read_text())["peers"]
+        for path in parser.parse_args().results:
+            files.append(json.loads(path.read_text())["peers"])
+        peers = joined(files)
         tables = peers_rows(peers), target_rows(peers)
     except OSError as exc:
         print(f"table: cannot read {path}: {exc.strerror}", file=sys.stderr)
