@@ -66,7 +66,7 @@ def _repeats(sampling: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
 
 
 def _counts(sampling: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
-    return (sampling["presence_penalty"] != 0) | (sampling["frequency_penalty"] != 0)
+    return np.asarray((sampling["presence_penalty"] != 0) | (sampling["frequency_penalty"] != 0))
 
 
 def _history(
