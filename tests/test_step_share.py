@@ -100,6 +100,17 @@ def test_a_burst_has_whole_steps_until_its_first_row_is_past_its_beginning() -> 
     assert run_step(s)[0][7:] == [("7", 1), ("8", 28)], "2 * (2 + 9 * 0.5) - (2 + 8 * 0.5) ms"
 
 
+def test_a_row_is_past_its_beginning_as_soon_as_the_last_id_of_it_is_being_sampled() -> None:
+    s = decoding("a", num_beginning=8)
+    for _ in range(5):
+        run_step(s)
+    assert s.running[0].num_new_tokens == 6
+    s.add(long("burst", 3 * ALL))
+    first, second, third = scheduled(s), scheduled(s), scheduled(s)
+    assert shape(first) == shape(second) == [("a", 1), ("burst", ALL - 1)]
+    assert shape(third) == [("a", 1), ("burst", 14)], "6 sampled and 2 in flight: 2 * 3 - 2.5 ms"
+
+
 def test_a_row_that_had_begun_before_a_burst_keeps_its_pace() -> None:
     s = decoding("a", burst_tokens=8)
     for _ in range(7):

@@ -36,7 +36,7 @@ FILES = [
 ]
 OFF_THE_PATH = {
     # a step or an agent is lost
-    "master/async_master.py": {"_serve", "_stop"},
+    "master/async_master.py": {"_serve", "_settable", "_stop"},
     "worker/agent_worker.py": {"_check_deadline", "_on_lost", "_supervise"}
     | {"start", "stalled"},  # at the start, and when /readyz is asked
     "worker/answers.py": {"_step_failure", "_unexpected"},

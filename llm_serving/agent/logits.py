@@ -16,9 +16,10 @@ import torch
 from llm_serving.errors import ChannelError
 from llm_serving.step_arrays import StepInputs
 
-__all__ = ["adjust"]
+__all__ = ["adjust", "adjusted_rows"]
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +34,39 @@ class _History:
         return _History(self.rows[keep], self.ids[keep], self.is_output[keep])
 
 
+def adjusted_rows(inputs: StepInputs) -> Ints:
+    """The samples that ask for a bias or a penalty, in ascending order."""
+    asked = _repeats(inputs.sampling) | _counts(inputs.sampling)
+    asked[inputs.bias_rows] = True
+    return np.flatnonzero(asked)
+
+
 def adjust(
     logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
-) -> npt.NDArray[np.int64]:
-    """Apply biases and penalties to `logits` [num_samples, vocab]; the rows that were changed.
+) -> Ints:
+    """Apply biases and penalties to `logits` [num_samples, vocab], contiguous.
 
+    Returns the `adjusted_rows`; no other row is read or written.
     Raises ChannelError if a penalty needs an id of a previous step that there was not.
     """
     sampling = inputs.sampling
-    repeats = sampling["repetition_penalty"] != 1
-    counts = (sampling["presence_penalty"] != 0) | (sampling["frequency_penalty"] != 0)
-    changed = repeats | counts
+    repeats, counts = _repeats(sampling), _counts(sampling)
     if len(inputs.bias_rows):
-        changed[inputs.bias_rows] = True
         _add_bias(logits, inputs)
     if repeats.any() or counts.any():
         history = _history(inputs, repeats | counts, last_ids)
         history = history.where((history.ids >= 0) & (history.ids < logits.shape[1]))
         _penalise_repetition(logits, history.where(repeats[history.rows]), sampling)
         _penalise_counts(logits, history.where(counts[history.rows] & history.is_output), sampling)
-    return np.flatnonzero(changed)
+    return adjusted_rows(inputs)
+
+
+def _repeats(sampling: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    return np.asarray(sampling["repetition_penalty"] != 1)
+
+
+def _counts(sampling: npt.NDArray[np.void]) -> npt.NDArray[np.bool_]:
+    return np.asarray((sampling["presence_penalty"] != 0) | (sampling["frequency_penalty"] != 0))
 
 
 def _history(
@@ -79,35 +93,50 @@ def _history(
 
 def _add_bias(logits: torch.Tensor, inputs: StepInputs) -> None:
     known = (inputs.bias_ids >= 0) & (inputs.bias_ids < logits.shape[1])
-    at = _indices(logits, inputs.bias_rows[known], inputs.bias_ids[known])
-    values = torch.from_numpy(inputs.bias_values[known]).to(logits.device)
-    logits.index_put_(at, values, accumulate=True)
+    places = _places(logits, inputs.bias_rows[known], inputs.bias_ids[known])
+    places, nth = np.unique(places, return_inverse=True)
+    values = _read(logits, places)
+    np.add.at(values, nth, inputs.bias_values[known])  # one after another
+    _write(logits, places, values)
 
 
 def _penalise_repetition(
     logits: torch.Tensor, history: _History, sampling: npt.NDArray[np.void]
 ) -> None:
     """Keskar et al., "CTRL" (2019), as transformers does it: what repeats writes the same value."""
-    at = _indices(logits, history.rows, history.ids)
-    penalty = torch.from_numpy(sampling["repetition_penalty"][history.rows]).to(logits.device)
-    before = logits[at]
-    logits.index_put_(at, torch.where(before < 0, before * penalty, before / penalty))
+    places = _places(logits, history.rows, history.ids)
+    penalty = sampling["repetition_penalty"][history.rows]
+    before = _read(logits, places)
+    _write(logits, places, np.where(before < 0, before * penalty, before / penalty))
 
 
 def _penalise_counts(
     logits: torch.Tensor, history: _History, sampling: npt.NDArray[np.void]
 ) -> None:
     """OpenAI's definition: logit - count * frequency_penalty - (count > 0) * presence_penalty."""
-    pairs = history.rows * logits.shape[1] + history.ids
-    places, counts = np.unique(pairs, return_counts=True)
-    rows, ids = np.divmod(places, logits.shape[1])
+    places, counts = np.unique(_places(logits, history.rows, history.ids), return_counts=True)
+    rows = places // logits.shape[1]
     minus = counts * sampling["frequency_penalty"][rows] + sampling["presence_penalty"][rows]
-    at = _indices(logits, rows, ids)
-    logits.index_put_(at, -torch.from_numpy(minus.astype(np.float32)).to(logits.device), True)
+    _write(logits, places, _read(logits, places) - minus.astype(np.float32))
 
 
-def _indices(
+def _places(
     logits: torch.Tensor, rows: npt.NDArray[np.integer], ids: npt.NDArray[np.integer]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    pairs = torch.from_numpy(np.stack([rows, ids]).astype(np.int64)).to(logits.device)
-    return pairs[0], pairs[1]
+) -> Ints:
+    return rows.astype(np.int64) * logits.shape[1] + ids
+
+
+def _read(logits: torch.Tensor, places: Ints) -> Floats:
+    """A copy.  By numpy where it can: for some thousands torch would wake threads of its own."""
+    if logits.device.type == "cpu":
+        return logits.view(-1).numpy()[places]
+    return logits.take(torch.from_numpy(places).to(logits.device)).cpu().numpy()
+
+
+def _write(logits: torch.Tensor, places: Ints, values: Floats) -> None:
+    """Of places that repeat, all values must be the same."""
+    if logits.device.type == "cpu":
+        logits.view(-1).numpy()[places] = values
+    else:
+        on = logits.device
+        logits.put_(torch.from_numpy(places).to(on), torch.from_numpy(values).to(on))

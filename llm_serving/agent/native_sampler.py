@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from llm_serving.agent.logits import adjust
+from llm_serving.agent.logits import adjust, adjusted_rows
 from llm_serving.agent.sampler import SampledColumns, check_logits
+from llm_serving.agent.scratch import Scratch
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.step_arrays import StepInputs
@@ -30,6 +31,7 @@ class NativeSampler:
 
     def __init__(self, kernels: NativeKernels, vocab_size: int, max_num_seqs: int) -> None:
         self._vocab_size, self._max_num_seqs = vocab_size, max_num_seqs
+        self._scratch = Scratch()
         self._rows = kernels.module.RowSampler(kernels.kernels, kernels.pool, vocab_size)
 
     @staticmethod
@@ -55,7 +57,7 @@ class NativeSampler:
         adjusted, is_adjusted = None, None
         if logits is not None:
             check_logits(logits, n, self._vocab_size, self._max_num_seqs)
-            adjusted, is_adjusted = _adjusted(logits, inputs, last_ids)
+            adjusted, is_adjusted = self._adjusted(logits, inputs, last_ids)
         width = min(int(inputs.sampling["num_logprobs"].max(initial=0)), self._vocab_size)
         ids, logprobs = np.empty(n, np.int32), np.empty(n, np.float32)
         finite = np.empty(n, np.uint8)
@@ -76,21 +78,20 @@ class NativeSampler:
             )
         return SampledColumns(ids, logprobs, top_ids, top_logprobs, finite.view(np.bool_))
 
+    def _adjusted(
+        self, logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
+    ) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.uint8] | None]:
+        """The logits after biases and penalties, and which rows have any; None: no row has.
 
-def _adjusted(
-    logits: torch.Tensor, inputs: StepInputs, last_ids: npt.NDArray[np.int32] | None
-) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.uint8] | None]:
-    """The logits after biases and penalties, and which rows have any; None: no row has."""
-    sampling = inputs.sampling
-    asks = (
-        len(inputs.bias_rows)
-        or (sampling["repetition_penalty"] != 1).any()
-        or (sampling["presence_penalty"] != 0).any()
-        or (sampling["frequency_penalty"] != 0).any()
-    )
-    if not asks:
-        return None, None
-    scores = logits.clone()
-    flags = np.zeros(len(sampling), np.uint8)
-    flags[adjust(scores, inputs, last_ids)] = 1
-    return scores.numpy(), flags
+        No other row is written: what is there is anybody's guess.
+        """
+        rows = adjusted_rows(inputs)
+        if not len(rows):
+            return None, None
+        given, scores = logits.numpy(), self._scratch.like(logits, "adjusted").numpy()
+        for row in rows:  # by numpy: torch would set threads of its own spinning beside the pool's
+            scores[row] = given[row]
+        adjust(torch.from_numpy(scores), inputs, last_ids)
+        flags = np.zeros(len(scores), np.uint8)
+        flags[rows] = 1
+        return scores, flags
