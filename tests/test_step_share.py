@@ -101,7 +101,7 @@ def test_a_burst_has_whole_steps_until_its_first_row_is_past_its_beginning() -> 
 
 
 def test_a_row_is_past_its_beginning_as_soon_as_the_last_id_of_it_is_being_sampled() -> None:
-    s = decoding("a", num_beginning=8)
+    s = decoding("a", burst_tokens=8)
     for _ in range(5):
         run_step(s)
     assert s.running[0].num_new_tokens == 6
