@@ -103,7 +103,7 @@ class Bench:
         for _ in range(self.repeats):
             start = time.perf_counter()
             sampler.sample(
-                logits, None, None, records, positions, None, ids, logprobs, finite, *tops
+                logits, None, None, records, positions, None, None, ids, logprobs, finite, *tops
             )
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times)

@@ -20,7 +20,7 @@ from llm_serving.agent.native_sampler import NativeSampler
 from llm_serving.agent.philox import uniforms
 from llm_serving.agent.sampler import SampledColumns, Sampler
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
-from llm_serving.kernels.cpu.backend import SUMMARY_DTYPE
+from llm_serving.kernels.cpu.digest import Digest
 from llm_serving.step_arrays import StepInputs
 from llm_serving.step_packing import INPUT_NAMES
 from tests.native_kernels import native_or_skip
@@ -70,7 +70,7 @@ def ours(
     isa: str = "auto",
     num_threads: int = 1,
     adjusted: Floats | None = None,
-    summaries: np.ndarray | None = None,
+    digest: Digest | None = None,
     has_logits: bool = True,
 ) -> SampledColumns:
     n, width = logits.shape
@@ -93,7 +93,8 @@ def ours(
         changed,
         records(params).view(np.uint8).reshape(n, -1),
         np.full(n, POSITION, np.int32),
-        summaries,
+        None if digest is None else digest.columns(),
+        None if digest is None else digest.maxima,
         columns.token_ids,
         columns.logprobs,
         columns.finite,
@@ -158,15 +159,27 @@ def test_logits_near_the_end_of_float32_are_finite(isa: str) -> None:
         np.testing.assert_array_equal(got.token_ids, want.token_ids)
 
 
-def summed_up(logits: Floats) -> np.ndarray:
+def digest_of(logits: Floats, params: Sequence[SamplingParams]) -> Digest:
     """What a plan says of such rows."""
-    is_finite = np.asarray(np.isfinite(logits).all(1))
-    logits = np.where(is_finite.reshape(-1, 1), logits, 0)
-    found = np.empty(len(logits), SUMMARY_DTYPE)
-    found["max"], found["arg_max"] = logits.max(1), logits.argmax(1)
-    found["sum"] = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True)).sum(1)
-    found["max"][~is_finite] = np.nan
-    return found.view(np.uint8).reshape(len(logits), -1)
+    n, width = logits.shape
+    summed = [p.temperature if p.temperature >= 1e-3 and not p.top_k else 0.0 for p in params]
+    digest = Digest.empty(native, n, width, True)
+    with np.errstate(invalid="ignore"):
+        for i, first in enumerate(range(0, width, 2048)):
+            part, found = logits[:, first : first + 2048].astype(np.float64), digest.ranges[:, i]
+            found["max"], found["arg_max"] = part.max(1), first + part.argmax(1)
+            away = part - part.max(1, keepdims=True)
+            found["sum"] = np.exp(away).sum(1)
+            found["heated"] = [
+                np.exp(row / heat).sum() if heat else 0.0
+                for row, heat in zip(away, summed, strict=True)
+            ]
+            found["max"][~np.isfinite(part).all(1)] = np.nan
+    padded = np.full((n, -(-width // 128) * 128), -np.inf, np.float32)
+    padded[:, :width] = logits
+    assert digest.maxima is not None
+    digest.maxima[:] = padded.reshape(n, -1, 8, 16).max(2).reshape(n, -1)
+    return digest
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -177,21 +190,25 @@ def test_what_is_known_of_a_row_is_not_worked_out_again(isa: str, width: int) ->
     greedy = [SamplingParams()] * 5
     want = ours(logits, greedy, isa, 2)
     for has_logits in (True, False):
-        got = ours(logits, greedy, isa, 2, summaries=summed_up(logits), has_logits=has_logits)
+        got = ours(logits, greedy, isa, 2, digest=digest_of(logits, greedy), has_logits=has_logits)
         np.testing.assert_array_equal(got.token_ids, want.token_ids)
         np.testing.assert_array_equal(got.finite, [True, True, True, False, True])
         np.testing.assert_allclose(got.logprobs, want.logprobs, atol=4e-6)
-    lie = summed_up(logits).view(SUMMARY_DTYPE)
-    lie["arg_max"], lie["sum"] = 2, np.exp(1)  # so that who looks is found out
-    got = ours(logits, greedy, isa, summaries=lie.view(np.uint8), has_logits=False)
+    lie = digest_of(logits, greedy)
+    lie.ranges["max"] = lie.ranges["max"].max(1, keepdims=True)
+    lie.ranges["arg_max"] = 2  # so that who looks is found out
+    lie.ranges["sum"] = np.exp(1) / lie.ranges.shape[1]
+    got = ours(logits, greedy, isa, digest=lie, has_logits=False)
     assert got.token_ids[[0, 1, 2, 4]].tolist() == [2] * 4
     np.testing.assert_allclose(got.logprobs[[0, 1, 2, 4]], -1, atol=1e-6)
     drawn = [SamplingParams(temperature=0.9, seed=i, num_logprobs=2) for i in range(5)]
     with pytest.raises(ValueError, match="only greedy rows"):
-        ours(logits, drawn, isa, summaries=summed_up(logits), has_logits=False)
-    with pytest.raises(ValueError, match="either logits or summaries"):
+        ours(logits, drawn, isa, digest=digest_of(logits, drawn), has_logits=False)
+    with pytest.raises(ValueError, match="either logits or ranges"):
         ours(logits, greedy, isa, has_logits=False)
-    got = ours(logits, drawn, isa, summaries=summed_up(logits))
+    with pytest.raises(ValueError, match="go together"):
+        ours(logits, drawn, isa, digest=Digest(digest_of(logits, drawn).ranges, None))
+    got = ours(logits, drawn, isa, digest=digest_of(logits, drawn))
     np.testing.assert_array_equal(got.token_ids, ours(logits, drawn, isa).token_ids)
 
 
@@ -228,6 +245,7 @@ CHOICES = [
     {},
     {"top_k": 1}, {"top_k": 7}, {"top_k": 50}, {"top_k": 127}, {"top_k": 128}, {"top_k": 3000},
     {"top_p": 0.1}, {"top_p": 0.5}, {"top_p": 0.9}, {"top_p": 0.95}, {"top_p": 0.999},
+    {"top_p": 0.99995},
     {"min_p": 0.05}, {"min_p": 0.5}, {"min_p": 1.0},
     {"typical_p": 0.2}, {"typical_p": 0.9}, {"typical_p": 0.995},
     {"top_k": 40, "top_p": 0.8}, {"top_p": 0.9, "min_p": 0.1},
@@ -300,7 +318,63 @@ def test_a_whole_vocabulary_is_drawn_like_the_sampler_in_torch(isa: str) -> None
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("temperature", [1e-6, 0.05, 5.0, 1e6])
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_what_is_known_of_a_row_leads_to_the_same_id_as_all_its_logits(
+    isa: str, options: dict[str, Any]
+) -> None:
+    """An adjusted row is drawn from without a digest."""
+    for scale in (0.3, 2.0, 5.0):
+        logits = noise(32, 20001, 3, scale)
+        logits[:, 77] = -60.0  # hopeless, so that it does not matter what is added
+        adjusted = logits.copy()
+        adjusted[:, 77] -= 1
+        params = [SamplingParams(temperature=0.8, seed=i, **options) for i in range(32)]
+        known, all_of_it = ours(logits, params, isa), ours(logits, params, isa, 1, adjusted)
+        assert np.count_nonzero(known.token_ids != all_of_it.token_ids) <= 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("options", [{"top_k": 20}, {"top_p": 0.95}, {"min_p": 0.05}], ids=str)
+def test_what_cannot_be_drawn_is_not_looked_at(isa: str, options: dict[str, Any]) -> None:
+    logits = np.full((16, 49152), -30, np.float32)
+    likely = np.random.default_rng(1).permuted(np.tile(np.arange(49152), (16, 1)), axis=1)[:, :300]
+    np.put_along_axis(logits, likely, noise(16, 300, 2), 1)
+    params = [SamplingParams(temperature=0.9, seed=i, num_logprobs=3, **options) for i in range(16)]
+    digest = digest_of(logits, params)
+    want = ours(logits, params, isa)
+    groups = logits.reshape(16, -1, 128)
+    groups[groups.max(2) < -20] = 1e9  # in which nobody sees it
+    got = ours(logits, params, isa, digest=digest)
+    np.testing.assert_array_equal(got.token_ids, want.token_ids)
+    np.testing.assert_array_equal(got.top_ids, want.top_ids)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_p": 0.95}, {"min_p": 0.05}], ids=str)
+def test_what_is_known_of_the_models_logits_says_nothing_of_adjusted_ones(
+    isa: str, options: dict[str, Any]
+) -> None:
+    logits, adjusted = noise(32, 9001, 5), noise(32, 9001, 6)
+    params = [SamplingParams(temperature=0.8, seed=i, **options) for i in range(32)]
+    got, want = ours(logits, params, isa, 1, adjusted), ours(adjusted, params, isa)
+    assert np.count_nonzero(got.token_ids != want.token_ids) <= 1
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_plain_draw_looks_at_one_range_only(isa: str) -> None:
+    logits = noise(16, 49152, 2)
+    params = [SamplingParams(temperature=0.9, seed=i) for i in range(16)]
+    digest, want = digest_of(logits, params), ours(logits, params, isa)
+    for row, token in enumerate(want.token_ids):
+        first = token // 2048 * 2048
+        logits[row, :first] = logits[row, first + 2048 :] = 1e9
+    np.testing.assert_array_equal(
+        ours(logits, params, isa, digest=digest).token_ids, want.token_ids
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("temperature", [1e-6, 9e-4, 1e-3, 0.05, 5.0, 1e6])
 def test_any_temperature(isa: str, temperature: float) -> None:
     logits = noise(32, 1000, 5)
     for options in ({}, {"top_p": 0.9}, {"top_k": 20, "top_p": 0.8}, {"min_p": 0.3}):

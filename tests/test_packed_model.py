@@ -15,6 +15,7 @@ from gguf import dequantize, quantize
 
 from llm_serving.agent.kv_cache import KvCache
 from llm_serving.errors import ConfigError
+from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelCard, Weights
@@ -33,6 +34,7 @@ from llm_serving.prepare.hf_rows import HfRows
 from llm_serving.prepare.packing import pack_model
 from llm_serving.prepare.progress import Quiet
 from tests.native_kernels import native_or_skip
+from tests.test_cpu_sampling import digest_of
 from tests.tiny_gguf import metadata, stored, write_gguf
 from tests.tiny_models import CONTEXT, CPU, Twin, build_twin
 
@@ -191,13 +193,25 @@ def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
     hidden = torch.randn(7, twin.card.config.hidden_size)
     rows = np.array([6, 0, 3], np.int32)
     logits = torch.empty(3, vocab_size)
-    kept, unkept = runner.plan.head(hidden, rows, logits), runner.plan.head(hidden, rows, None)
-    assert kept.tobytes() == unkept.tobytes()
+    params = [
+        SamplingParams(temperature=0.7),
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(temperature=1.0, top_p=0.5),
+    ]
+    records = np.frombuffer(b"".join(p.record() for p in params), SAMPLING_DTYPE)
+    digest = runner.plan.head(hidden, rows, logits, records)
+    unkept = runner.plan.head(hidden, rows, None, records)
+    assert digest.ranges.tobytes() == unkept.ranges.tobytes()
+    assert unkept.maxima is None
     assert torch.equal(logits, runner.model.logits(hidden)[rows])
-    np.testing.assert_array_equal(kept["max"], logits.max(1).values)
-    np.testing.assert_array_equal(kept["arg_max"], logits.argmax(1))
-    total = torch.exp(logits.double() - logits.max(1, keepdim=True).values).sum(1)
-    np.testing.assert_allclose(kept["sum"], total, rtol=1e-5)
+    expected = digest_of(logits.numpy(), params)
+    for field in ("max", "arg_max"):
+        np.testing.assert_array_equal(digest.ranges[field], expected.ranges[field])
+    for field in ("sum", "heated"):
+        np.testing.assert_allclose(digest.ranges[field], expected.ranges[field], rtol=1e-5)
+    assert (digest.ranges["heated"] > 0).all(1).tolist() == [True, False, True]
+    assert not runner.plan.head(hidden, rows, None).ranges["heated"].any()
+    np.testing.assert_array_equal(digest.maxima, expected.maxima)
 
 
 @pytest.mark.parametrize("isa", ISAS)

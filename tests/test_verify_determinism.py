@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pathlib
 import re
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from llm_serving.determinism.engine import Counts, run_requests
 from llm_serving.determinism.scenarios import Scenario, make_prompts, plain_first, scenarios
 from llm_serving.determinism.seen import Digests, Seen
 from llm_serving.errors import ConfigError
+from llm_serving.kernels.cpu.digest import Digest
 from llm_serving.models.packed import NativePlan, NativeStep
 from llm_serving.step_arrays import StepInputs
 from tests.native_kernels import needs_native
@@ -124,14 +124,15 @@ def test_a_head_that_sums_up_wrongly_in_company_is_found(
         hidden: torch.Tensor,
         rows: npt.NDArray[np.int32],
         logits: torch.Tensor | None,
-    ) -> npt.NDArray[Any]:
-        summaries = head(plan, hidden, rows, logits)
+        records: npt.NDArray[np.void] | None = None,
+    ) -> Digest:
+        digest = head(plan, hidden, rows, logits, records)
         if len(rows) == 2 and is_kept == (logits is not None):
-            values = summaries[field]
+            values = digest.ranges[field]
             values[1] = (
                 np.nextafter(values[1], np.float32(9e9)) if field == "sum" else values[1] ^ 1
             )
-        return summaries
+        return digest
 
     monkeypatch.setattr(NativePlan, "head", spoilt)
     assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1

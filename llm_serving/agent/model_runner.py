@@ -249,11 +249,11 @@ class ModelRunner:
         rows, logits = inputs.logit_positions, None
         if self.keeps_logits(inputs):
             logits = torch.empty(len(rows), self.vocab_size)
-        summaries = plan.head(hidden, rows, logits)
+        digest = plan.head(hidden, rows, logits, inputs.sampling)
         sample_ns = time.monotonic_ns()
         # copied by numpy: torch would set threads of its own spinning beside the pool's
         wanted = self._no_logits if logits is None else logits.numpy()[inputs.wanted_logits]
-        return wanted, sample_ns, sampler.sample(logits, inputs, self._last_ids, summaries)
+        return wanted, sample_ns, sampler.sample(logits, inputs, self._last_ids, digest)
 
     def _wanted(self, logits: torch.Tensor, inputs: StepInputs) -> Floats:
         """Copies of the rows that somebody wants to see, before the sampler changes them."""

@@ -1,11 +1,9 @@
-"""The sampler over the native kernels: a row costs its summary, and a draw only if it asks for one.
+"""The sampler over the native kernels: a row costs its digest, and a draw what may be drawn.
 
 Same tokens for the same logits as `sampler.Sampler`, but where a softmax's last bit decides.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +14,7 @@ from llm_serving.agent.sampler import SampledColumns, check_logits
 from llm_serving.agent.scratch import Scratch
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
 from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.digest import Digest
 from llm_serving.step_arrays import StepInputs
 
 __all__ = ["NativeSampler"]
@@ -47,11 +46,11 @@ class NativeSampler:
         logits: torch.Tensor | None,
         inputs: StepInputs,
         last_ids: npt.NDArray[np.int32] | None,
-        summaries: npt.NDArray[Any] | None = None,
+        digest: Digest | None = None,
     ) -> SampledColumns:
-        """As `Sampler.sample`; `summaries` [num_samples] SUMMARY_DTYPE, if they are known already.
+        """As `Sampler.sample`; with what is known of the logits already.
 
-        With them, a step that does not need logits can do without.
+        With it, a step that does not need logits can do without.
         """
         n = len(inputs.sampling)
         adjusted, is_adjusted = None, None
@@ -69,7 +68,8 @@ class NativeSampler:
                 is_adjusted,
                 inputs.sampling.view(np.uint8).reshape(n, SAMPLING_DTYPE.itemsize),
                 inputs.positions[inputs.logit_positions] + np.int32(1),
-                None if summaries is None else summaries.view(np.uint8).reshape(n, -1),
+                None if digest is None else digest.columns(),
+                None if digest is None else digest.maxima,
                 ids,
                 logprobs,
                 finite,

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from llm_serving.errors import ConfigError
-from llm_serving.kernels.cpu.backend import SUMMARY_DTYPE, NativeKernels
+from llm_serving.kernels.cpu.backend import NativeKernels
+from llm_serving.kernels.cpu.digest import Digest
 from llm_serving.kernels.cpu.packed_file import PackedFile
 from llm_serving.model_card import ModelConfig
 from llm_serving.models.layers import LinearFactory, LinearPart, RmsNorm, StepContext
@@ -134,6 +135,7 @@ class NativePlan:
     ) -> None:
         """`table`: of models.rope; `caches`: the memory of each layer's keys and values."""
         cos, sin = (part.contiguous().numpy() for part in table)
+        self._module = kernels.module
         self._plan = kernels.module.Plan(
             kernels.kernels,
             kernels.pool,
@@ -200,20 +202,27 @@ class NativePlan:
         return logits
 
     def head(
-        self, hidden: torch.Tensor, rows: Ints, logits: torch.Tensor | None
-    ) -> npt.NDArray[Any]:
-        """Some rows of hidden through the head: [num_rows] SUMMARY_DTYPE.
+        self,
+        hidden: torch.Tensor,
+        rows: Ints,
+        logits: torch.Tensor | None,
+        records: npt.NDArray[np.void] | None = None,
+    ) -> Digest:
+        """Some rows of hidden through the head: what their logits amount to.
 
         The logits themselves, float32 [num_rows, vocab], are kept only if there is room for them.
+        `records` [num_rows] SAMPLING_DTYPE are what the rows will be asked.
         """
-        summaries = np.empty(len(rows), SUMMARY_DTYPE)
-        self._plan.logits(
+        digest = Digest.empty(self._module, len(rows), self._vocab_size, logits is not None)
+        self._plan.head(
             hidden.numpy(),
             rows,
+            None if records is None else records.view(np.uint8).reshape(len(rows), -1),
+            digest.columns(),
             None if logits is None else logits.numpy(),
-            summaries.view(np.uint8).reshape(len(rows), SUMMARY_DTYPE.itemsize),
+            digest.maxima,
         )
-        return summaries
+        return digest
 
 
 def _head_norms(

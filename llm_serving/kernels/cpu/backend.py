@@ -9,17 +9,11 @@ from __future__ import annotations
 import os
 from typing import Any, ClassVar
 
-import numpy as np
-
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.native import instruction_set, native, why_not
 from llm_serving.kernels.reference import ReferenceKernels
 
-__all__ = ["SUMMARY_DTYPE", "NativeKernels"]
-
-# What a row of logits amounts to: the largest (not finite if any is not), its lowest id, and the
-# sum of e^(logit - largest).
-SUMMARY_DTYPE = np.dtype([("max", np.float32), ("arg_max", np.int32), ("sum", np.float32)])
+__all__ = ["NativeKernels"]
 
 _ALLOWED = sorted(os.sched_getaffinity(0))  # before a pool binds the thread that asks
 

@@ -8,6 +8,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels.hpp"
+
 namespace llm {
 
 using Array = nanobind::ndarray<nanobind::device::cpu>;                     // written to
@@ -43,6 +45,14 @@ T* data_of(const A& array, const char* name, std::initializer_list<int64_t> shap
   return static_cast<T*>(const_cast<void*>(static_cast<const void*>(array.data())));
 }
 
+// What rows of logits amount to, SUMMARY_DTYPE as float32 [n, ranges of a row, 4]; T: float or const float.
+template <typename T, typename A>
+auto* summaries_of(const A& array, const char* name, int64_t n, int width) {
+  T* data = data_of<T>(array, name, {n, num_ranges(width), sizeof(Summary) / 4});
+  return reinterpret_cast<std::conditional_t<std::is_const_v<T>, const Summary, Summary>*>(data);
+}
+
+// Bad arguments become a ValueError.
 inline void require(bool holds, const std::string& what) {
   if (!holds) throw std::invalid_argument(what);
 }

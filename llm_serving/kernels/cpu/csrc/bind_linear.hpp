@@ -5,17 +5,11 @@
 #include <nanobind/ndarray.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 
+#include "bind_arrays.hpp"
 #include "layout.hpp"
 
 namespace llm {
-
-// Bad arguments become a ValueError.
-inline void require(bool good, const std::string& sentence) {
-  if (!good) throw std::invalid_argument(sentence);
-}
 
 // Owns (references to) the memory that `view` points into.
 class PackedWeight {

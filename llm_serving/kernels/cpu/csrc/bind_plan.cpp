@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bind.hpp"
+#include "bind_arrays.hpp"
 #include "bind_linear.hpp"
 #include "plan.hpp"
 
@@ -23,7 +24,6 @@ using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Hidden = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 void require_size(size_t size, int expected, const char* what) {
   require(size == static_cast<size_t>(expected),
@@ -131,22 +131,28 @@ class BoundPlan {
     plan_.run_layers(hidden.data(), start, stop);
   }
 
-  void logits(Matrix<float> hidden, Vector<int32_t> tokens, std::optional<Hidden> logits, Bytes summaries) {
-    const int count = static_cast<int>(tokens.size());
-    require(plan_.vocab_size() > 0, "set_head comes first");
+  void head(Matrix<float> hidden, Vector<int32_t> tokens, const std::optional<Input>& records, const Array& ranges,
+            const std::optional<Array>& logits, const std::optional<Array>& maxima) {
+    const int count = static_cast<int>(tokens.size()), width = plan_.vocab_size();
+    require(width > 0, "set_head comes first");
     require(hidden.shape(1) == static_cast<size_t>(plan_.shape().hidden_size), "hidden must be [.., hidden_size]");
     for (int i = 0; i < count; i++)
       require(tokens.data()[i] >= 0 && static_cast<size_t>(tokens.data()[i]) < hidden.shape(0),
               "tokens must be rows of hidden");
-    if (logits)
-      require(logits->shape(0) == tokens.size() && logits->shape(1) == static_cast<size_t>(plan_.vocab_size()),
-              "logits must be [tokens, vocab_size]");
-    require(summaries.shape(0) == tokens.size() && summaries.shape(1) == sizeof(Summary),
-            "summaries must be [tokens, 12]");
+    require(logits.has_value() == maxima.has_value(), "logits and maxima go together");
+    Plan::Head out{summaries_of<float>(ranges, "ranges", count, width), nullptr, nullptr, nullptr};
+    if (logits) {
+      out.logits = data_of<float>(*logits, "logits", {count, width});
+      out.maxima = data_of<float>(*maxima, "maxima", {count, num_maxima(width)});
+    }
+    if (records) {
+      records_.resize(count);
+      std::memcpy(records_.data(), data_of<const uint8_t>(*records, "records", {count, sizeof(SamplingRecord)}),
+                  count * sizeof(SamplingRecord));
+      out.records = records_.data();
+    }
     nb::gil_scoped_release released;
-    summaries_.resize(count);
-    plan_.logits(hidden.data(), tokens.data(), count, logits ? logits->data() : nullptr, summaries_.data());
-    std::memcpy(summaries.data(), summaries_.data(), count * sizeof(Summary));
+    plan_.run_head(hidden.data(), tokens.data(), count, out);
   }
 
   // Milliseconds since the last call in each part, if `is_profiled`.
@@ -182,7 +188,7 @@ class BoundPlan {
   Plan plan_;
   int max_model_len_, num_blocks_ = 0;
   Arrays step_;
-  std::vector<Summary> summaries_;
+  std::vector<SamplingRecord> records_;
 };
 
 }  // namespace
@@ -210,9 +216,11 @@ void bind_plan(nb::module_& m) {
            "given, the model's last layer follows only these tokens, and of the others nothing is left.")
       .def("run_layers", &BoundPlan::run_layers, "hidden"_a, "start"_a, "stop"_a,
            "hidden [tokens, hidden_size] float32 through layers [start, stop), in place.")
-      .def("logits", &BoundPlan::logits, "hidden"_a, "tokens"_a, "logits"_a.none(), "summaries"_a,
-           "Rows of hidden through the last norm and the head into logits, unless None; and what each amounts to,\n"
-           "SUMMARY_DTYPE as uint8 [tokens, 12].")
+      .def("head", &BoundPlan::head, "hidden"_a, "tokens"_a, "records"_a.none(), "ranges"_a, "logits"_a.none(),
+           "maxima"_a.none(),
+           "Rows of hidden through the last norm and the head: of each what its ranges amount to, SUMMARY_DTYPE as\n"
+           "float32 [tokens, ranges, 4], with the sums that its SAMPLING_DTYPE asks for (uint8 [tokens, 48]); its\n"
+           "logits and their maxima float32, unless None.  See Digest in csrc/kernels.hpp.")
       .def("spent", &BoundPlan::spent)
       .def_prop_rw("is_profiled", &BoundPlan::is_profiled, &BoundPlan::set_profiled)
       .def_prop_ro("num_layers", &BoundPlan::num_layers);

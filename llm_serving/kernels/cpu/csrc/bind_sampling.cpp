@@ -30,13 +30,16 @@ class RowSampler {
 
   void sample(const std::optional<Array>& logits, const std::optional<Array>& adjusted,
               const std::optional<Input>& is_adjusted, const Input& records, const Input& positions,
-              const std::optional<Input>& summaries, const Array& ids, const Array& logprobs, const Array& finite,
-              const Array& top_ids, const Array& top_logprobs) {
+              const std::optional<Input>& ranges, const std::optional<Input>& maxima, const Array& ids,
+              const Array& logprobs, const Array& finite, const Array& top_ids, const Array& top_logprobs) {
     const uint8_t* packed = data_of<const uint8_t>(records, "records", {-1, sizeof(SamplingRecord)});
     const auto n = static_cast<int64_t>(records.shape(0));
     float* rows = logits ? data_of<float>(*logits, "logits", {n, width_}) : nullptr;
-    const uint8_t* known = summaries ? data_of<const uint8_t>(*summaries, "summaries", {n, sizeof(Summary)}) : nullptr;
-    require(rows != nullptr || known != nullptr, "either logits or summaries must be there");
+    const int num_ranges = llm::num_ranges(width_), num_maxima = llm::num_maxima(width_);
+    const Summary* known = ranges ? summaries_of<const float>(*ranges, "ranges", n, width_) : nullptr;
+    const float* known_maxima = maxima ? data_of<const float>(*maxima, "maxima", {n, num_maxima}) : nullptr;
+    require(rows != nullptr || known != nullptr, "either logits or ranges must be there");
+    require(rows == nullptr || (known == nullptr) == (known_maxima == nullptr), "ranges and maxima of logits go together");
     float* other = adjusted ? data_of<float>(*adjusted, "adjusted", {n, width_}) : nullptr;
     const uint8_t* flags = is_adjusted ? data_of<const uint8_t>(*is_adjusted, "is_adjusted", {n}) : nullptr;
     require((other == nullptr) == (flags == nullptr), "adjusted and is_adjusted go together");
@@ -56,25 +59,28 @@ class RowSampler {
               "without logits only greedy rows can be sampled");
 
     nb::gil_scoped_release release;
-    const int ranges = num_ranges(width_);
-    summaries_.resize(static_cast<size_t>(n) * ranges);
+    if (known == nullptr) {
+      ranges_.resize(static_cast<size_t>(n) * num_ranges);
+      maxima_.resize(static_cast<size_t>(n) * num_maxima);
+    }
     Items parts, whole;
     pool_.run([&](int thread) {
-      for (int i; known == nullptr && (i = parts.take()) < n * ranges;) {
-        const int begin = i % ranges * SUMMARY_COLUMNS;
-        const float* row = rows + static_cast<int64_t>(i / ranges) * width_;
-        summaries_[i] = kernels_.summarise(row + begin, begin, std::min(begin + SUMMARY_COLUMNS, width_));
+      for (int i; known == nullptr && (i = parts.take()) < n * num_ranges;) {
+        const int64_t row = i / num_ranges;
+        const int begin = i % num_ranges * SUMMARY_COLUMNS;
+        ranges_[i] = kernels_.summarise(rows + row * width_ + begin, begin, std::min(begin + SUMMARY_COLUMNS, width_),
+                                        summed_temperature(asked[row]),
+                                        maxima_.data() + row * num_maxima + llm::num_maxima(begin));
       }
       if (known == nullptr) pool_.barrier();
       for (int i; (i = whole.take()) < n;) {
-        Summary row;
-        if (known != nullptr)
-          std::memcpy(&row, known + i * sizeof(Summary), sizeof(Summary));
-        else
-          row = kernels_.merge(summaries_.data() + static_cast<size_t>(i) * ranges, ranges);
+        Digest digest{(known != nullptr ? known : ranges_.data()) + static_cast<int64_t>(i) * num_ranges, {}, nullptr};
+        if (rows != nullptr)
+          digest.maxima = (known != nullptr ? known_maxima : maxima_.data()) + static_cast<int64_t>(i) * num_maxima;
+        digest.row = kernels_.merge(digest.ranges, num_ranges, summed_temperature(asked[i]));
         float* changed = flags != nullptr && flags[i] ? other + static_cast<int64_t>(i) * width_ : nullptr;
         float* own = rows != nullptr ? rows + static_cast<int64_t>(i) * width_ : nullptr;
-        const SampledRow sampled = sample_row(kernels_, own, changed, width_, row,
+        const SampledRow sampled = sample_row(kernels_, own, changed, width_, digest,
                                               asked[i], places[i], tops + i * num_top, top_values + i * num_top,
                                               scratch_.get() + each_ * thread);
         id[i] = sampled.id;
@@ -90,7 +96,8 @@ class RowSampler {
   int width_;
   size_t each_;
   std::unique_ptr<char, Free> scratch_;
-  std::vector<Summary> summaries_;
+  std::vector<Summary> ranges_;  // of a step of which nothing is known
+  std::vector<float> maxima_;
 };
 
 }  // namespace
@@ -100,12 +107,14 @@ void bind_sampling(nb::module_& m) {
       .def(nb::init<const Kernels&, Pool&, int>(), nb::arg("kernels"), nb::arg("pool"), nb::arg("vocab_size"),
            nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
       .def("sample", &RowSampler::sample, nb::arg("logits").none(), nb::arg("adjusted").none(),
-           nb::arg("is_adjusted").none(), nb::arg("records"), nb::arg("positions"), nb::arg("summaries").none(),
-           nb::arg("ids"), nb::arg("logprobs"), nb::arg("finite"),
+           nb::arg("is_adjusted").none(), nb::arg("records"), nb::arg("positions"), nb::arg("ranges").none(),
+           nb::arg("maxima").none(), nb::arg("ids"), nb::arg("logprobs"), nb::arg("finite"),
            nb::arg("top_ids"), nb::arg("top_logprobs"),
            "One id for each row of logits [n, vocab], which it may overwrite: see csrc/sample.hpp.  records are "
-           "SAMPLING_DTYPE as uint8 [n, 48], summaries what a plan says of the same logits (SUMMARY_DTYPE as uint8 "
-           "[n, 12]), with which greedy rows need no logits; what comes out is written to the last five.");
+           "SAMPLING_DTYPE as uint8 [n, 48], ranges and maxima what Plan.head wrote of the same logits and records: with "
+           "ranges greedy rows need no logits.  What comes out is written to the last five.");
+  m.def("num_ranges", &num_ranges, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/kernels.hpp.");
+  m.def("num_maxima", &num_maxima, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/kernels.hpp.");
   m.def("uniform", &uniform, nb::arg("seed"), nb::arg("position"), nb::arg("sample_index"));
 }
 

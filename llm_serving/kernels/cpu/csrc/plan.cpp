@@ -14,6 +14,7 @@ constexpr int ROW_BLOCK = 256;    // rows of a prompt that meet a range of panel
 constexpr int ROWS_AT_ONCE = 4;   // that are normed, or written to the cache, by one thread
 constexpr int STAGES_PER_LAYER = 16;
 constexpr int RANGE_PANELS = SUMMARY_COLUMNS / PANEL;
+constexpr int HEAD_STRIDE = SUMMARY_COLUMNS + 16;  // of a range's rows: an odd number of cache lines, see linear.cpp
 
 size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -80,32 +81,32 @@ class Plan::Worker {
     end_stage(DOWN);
   }
 
-  void run_head(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
+  void run_head(const float* hidden, const int32_t* tokens, int count, const Head& out) {
     const Packed& head = plan_.head_;
     prepare(hidden, plan_.shape_.hidden_size, tokens, count, plan_.final_norm_, head.format, head.k);
-    const int num_panels = divided_up(head.n, PANEL), num_ranges = divided_up(num_panels, RANGE_PANELS);
-    auto* ranges = static_cast<Summary*>(plan_.ranges_.at_least(0));
+    const int num_panels = divided_up(head.n, PANEL), ranges = num_ranges(head.n);
+    float* const y = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * HEAD_STRIDE;
     OwnedItems& items = next_items();
-    float* unkept = nullptr;
-    if (logits == nullptr)
-      unkept = static_cast<float*>(plan_.unkept_.at_least(0)) + static_cast<size_t>(thread_) * count * SUMMARY_COLUMNS;
-    for (int range; (range = items.take(thread_, num_ranges)) >= 0;) {
+    for (int range; (range = items.take(thread_, ranges)) >= 0;) {
       const int begin = range * RANGE_PANELS, end = std::min(begin + RANGE_PANELS, num_panels);
       const int first = begin * PANEL, last = std::min(end * PANEL, head.n);
       Packed part = head;  // columns first .. last
       part.n = last - first;
       part.data += begin * packed_bytes(head.format, PANEL, head.k);
       if (head.bias != nullptr) part.bias += first;
-      float* y = logits != nullptr ? logits + first : unkept;
-      const size_t ldy = logits != nullptr ? head.n : SUMMARY_COLUMNS;
-      plan_.kernels_.linear.multiply(part, activations_, count, 0, end - begin, y, ldy, Epilogue::store);
-      for (int row = 0; row < count; row++)
-        ranges[row * num_ranges + range] = plan_.kernels_.sampling.summarise(y + row * ldy, first, last);
+      plan_.kernels_.linear.multiply(part, activations_, count, 0, end - begin, y, HEAD_STRIDE, Epilogue::store);
+      for (int row = 0; row < count; row++) {
+        const float* logits = y + static_cast<size_t>(row) * HEAD_STRIDE;
+        float* maxima = nullptr;
+        if (out.logits != nullptr) {
+          std::copy_n(logits, part.n, out.logits + static_cast<size_t>(row) * head.n + first);
+          maxima = out.maxima + static_cast<size_t>(row) * num_maxima(head.n) + num_maxima(first);
+        }
+        const float temperature = out.records != nullptr ? summed_temperature(out.records[row]) : 0;
+        out.ranges[row * ranges + range] = plan_.kernels_.sampling.summarise(logits, first, last, temperature, maxima);
+      }
     }
     end_stage(HEAD);
-    OwnedItems& merged = next_items();
-    for (int row; (row = merged.take(thread_, count)) >= 0;)
-      summaries[row] = plan_.kernels_.sampling.merge(ranges + row * num_ranges, num_ranges);
   }
 
  private:
@@ -297,13 +298,12 @@ void Plan::run_layers(float* hidden, int start, int stop) {
   });
 }
 
-void Plan::logits(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries) {
+void Plan::run_head(const float* hidden, const int32_t* tokens, int count, const Head& head) {
   activations_.at_least(static_cast<size_t>(count) * activation_bytes_);
-  if (logits == nullptr) unkept_.at_least(sizeof(float) * pool_.size() * count * SUMMARY_COLUMNS);
-  ranges_.at_least(sizeof(Summary) * count * divided_up(head_.n, SUMMARY_COLUMNS));
+  unkept_.at_least(sizeof(float) * pool_.size() * count * HEAD_STRIDE);
   while (items_.size() < STAGES_PER_LAYER) items_.emplace_back(pool_.size());
   for (int i = 0; i < STAGES_PER_LAYER; i++) items_[i].reset();
-  pool_.run([&](int thread) { Worker(*this, thread).run_head(hidden, tokens, count, logits, summaries); });
+  pool_.run([&](int thread) { Worker(*this, thread).run_head(hidden, tokens, count, head); });
 }
 
 }  // namespace llm

@@ -82,9 +82,15 @@ class Plan {
   // hidden [num_tokens, hidden_size] through layers [start, stop), in place.  In the model's last layer only
   // keys and values of all tokens are needed: what it leaves of tokens that are not lasting means nothing.
   void run_layers(float* hidden, int start, int stop);
-  // Rows `tokens` [count] of hidden through the last norm and the head: logits [count, vocab_size] unless null,
-  // and of each row what it amounts to.
-  void logits(const float* hidden, const int32_t* tokens, int count, float* logits, Summary* summaries);
+  // Rows `tokens` [count] of hidden through the last norm and the head: of each what its ranges amount to
+  // [count, num_ranges(vocab_size)], at the summed_temperature of `records` [count] unless null; and if anybody wants
+  // them, not null, logits [count, vocab_size] and their maxima [count, num_maxima(vocab_size)].
+  struct Head {
+    Summary* ranges;
+    const SamplingRecord* records;
+    float *logits, *maxima;
+  };
+  void run_head(const float* hidden, const int32_t* tokens, int count, const Head& head);
 
   bool is_profiled = false;
   int64_t spent_ns[NUM_PARTS] = {};
@@ -122,8 +128,7 @@ class Plan {
   Followed all_, end_;
   std::vector<int32_t> end_starts_, end_contexts_, end_tables_;
   std::deque<OwnedItems> items_;  // one for each stage of a run
-  Memory projected_, attended_, inner_, activations_, own_, partials_, ranges_, unkept_,
-      followed_;
+  Memory projected_, attended_, inner_, activations_, own_, partials_, unkept_, followed_;
 };
 
 }  // namespace llm

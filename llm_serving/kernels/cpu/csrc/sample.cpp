@@ -30,20 +30,22 @@ double uniform(uint64_t seed, int32_t position, int32_t sample_index) {
   return static_cast<double>(bits) * 0x1p-53;
 }
 
-SampledRow sample_row(const SamplingKernels& kernels, float* logits, float* adjusted, int width, Summary row,
+SampledRow sample_row(const SamplingKernels& kernels, float* logits, float* adjusted, int width, const Digest& known,
                       const SamplingRecord& record, int32_t position, int32_t* top_ids, float* top_logprobs,
                       void* scratch) {
+  Summary row = known.row;
   bool finite = std::isfinite(row.max);
+  const Digest* digest = finite ? &known : nullptr;  // of these logits
   if (!finite) {
     if (logits != nullptr) blank(logits, width);
     if (adjusted != nullptr) blank(adjusted, width);
-    row = {0, 0, static_cast<float>(width)};
+    row = {0, 0, static_cast<float>(width), 0};
   }
   const float log_sum = std::log(row.sum);
   if (logits == nullptr) return {row.arg_max, 0.0f - log_sum, finite};
   const auto logprob = [&](int32_t id) { return logits[id] - row.max - log_sum; };
   const int num_top = std::min(record.num_logprobs, width);
-  kernels.top(logits, width, num_top, top_ids, scratch);
+  kernels.top(logits, width, num_top, digest != nullptr ? known.maxima : nullptr, top_ids, scratch);
   for (int i = 0; i < num_top; i++) top_logprobs[i] = logprob(top_ids[i]);
 
   Summary chosen = row;
@@ -52,14 +54,14 @@ SampledRow sample_row(const SamplingKernels& kernels, float* logits, float* adju
     if (!std::isfinite(chosen.max)) {
       finite = false;
       blank(adjusted, width);
-      chosen = {0, 0, 0};
+      chosen = {0, 0, 0, 0};
     }
   }
   int32_t id = chosen.arg_max;
   if (record.temperature > 0) {
     const double random = uniform(record.seed, position, record.sample_index);
     const float* scores = adjusted != nullptr ? adjusted : logits;
-    id = kernels.draw(scores, width, chosen.max, record, random, scratch);
+    id = kernels.draw(scores, width, chosen.max, adjusted != nullptr ? nullptr : digest, record, random, scratch);
   }
   return {id, logprob(id), finite};
 }

@@ -1,11 +1,9 @@
-// Which id a row of logits gets: the sets and draws of llm_serving/agent/filters.py and drawing.py.
-//
-// What is kept is a list of scores in order of their ids (at first all of them); a filter shortens the
-// list.  Weights are the softmax in whole units of 2^-50, exact in any order of summing.
+// What a row of logits amounts to, and which id it gets: the draws of llm_serving/agent/drawing.py.
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
+#include "filters.hpp"
 #include "kernels.hpp"
 #include "selection.hpp"
 
@@ -13,49 +11,8 @@ namespace llm {
 namespace ISA {
 namespace {
 
-constexpr float UNITS = 1125899906842624.0f;  // 2^50
 constexpr int BLOCK = 256;
-
-struct Kept {
-  float* scores;
-  float* weights;
-  int32_t* ids;
-  int count;
-  bool is_all;  // ids are 0 .. count - 1 and not written
-  float max;  // of the scores
-  float sum;  // of e^(score - max), once exponentiated
-};
-
-struct Scratch {
-  Kept kept;
-  float* values;
-  Search search;
-};
-
-size_t lay_out(Scratch& scratch, void* memory, int width) {
-  size_t used = 0;
-  const auto take = [&](size_t num_bytes) {
-    char* place = memory == nullptr ? nullptr : static_cast<char*>(memory) + used;
-    used += (num_bytes + 63) / 64 * 64;
-    return place;
-  };
-  const size_t size = room(width);
-  scratch.kept = {};
-  scratch.kept.scores = reinterpret_cast<float*>(take(size * 4));
-  scratch.kept.weights = reinterpret_cast<float*>(take(size * 4));
-  scratch.kept.ids = reinterpret_cast<int32_t*>(take(size * 4));
-  scratch.values = reinterpret_cast<float*>(take(size * 4));
-  scratch.search.values = reinterpret_cast<float*>(take(size * 4));
-  scratch.search.places = reinterpret_cast<int32_t*>(take(size * 4));
-  scratch.search.keys = reinterpret_cast<uint64_t*>(take(size * 8));
-  scratch.search.histogram = reinterpret_cast<double*>(take(NUM_BUCKETS * 8));
-  return used;
-}
-
-size_t scratch_bytes(int width) {
-  Scratch scratch;
-  return lay_out(scratch, nullptr, width);
-}
+constexpr int TAIL_TOKENS = 1024;  // mostly more than the tail of top_p weighs, counted in the last token that is kept
 
 // ---------------------------------------------------------------- what a row amounts to
 
@@ -80,25 +37,45 @@ int place_of(const float* logits, int n, float value) {
   return i + __builtin_ctz(mask);
 }
 
-Summary summarise(const float* logits, int begin, int end) {
+Summary summarise(const float* logits, int begin, int end, float temperature, float* maxima) {
   const int n = end - begin;
   F32 most = set1(LOWEST), spoilt = zero();
-  for (int i = 0; i < n; i += LANES) {
-    const F32 v = load_some(logits + i, n - i);
-    most = max(most, v);
-    if (n - i < LANES) break;
-    spoilt = fma(v, zero(), spoilt);  // NaN as soon as one is not finite
+  for (int first = 0; first < n; first += MAXIMA_COLUMNS) {
+    F32 part = set1(LOWEST);
+    for (int i = first; i < std::min(first + MAXIMA_COLUMNS, n); i += LANES) {
+      const F32 v = load_some(logits + i, n - i);
+      part = max(part, v);
+      if (n - i < LANES) break;
+      spoilt = fma(v, zero(), spoilt);  // NaN as soon as one is not finite
+    }
+    if (maxima != nullptr) store(maxima + first / MAXIMA_COLUMNS * LANES, part);
+    most = max(most, part);
   }
   for (int i = n / LANES * LANES; i < n; i++) spoilt = fma(set1(logits[i]), zero(), spoilt);
-  if (!(sum(spoilt) == 0)) return {std::numeric_limits<float>::quiet_NaN(), begin, 0};
+  if (!(sum(spoilt) == 0)) return {std::numeric_limits<float>::quiet_NaN(), begin, 0, 0};
   const float top = largest(most);
   const F32 minus = set1(top);
-  F32 total = zero();
-  for (int i = 0; i < n; i += LANES) total = add(total, exp(sub(load_some(logits + i, n - i), minus)));
-  return {top, begin + place_of(logits, n, top), sum(total)};
+  F32 total = zero(), heated = zero();
+  if (temperature > 0 && temperature != 1) {
+    const F32 by = set1(1.0f / temperature);
+    for (int i = 0; i < n; i += LANES) {
+      const F32 away = sub(load_some(logits + i, n - i), minus);
+      total = add(total, exp(away));
+      heated = add(heated, exp(mul(away, by)));
+    }
+  } else {
+    for (int i = 0; i < n; i += LANES) total = add(total, exp(sub(load_some(logits + i, n - i), minus)));
+    heated = temperature > 0 ? total : zero();
+  }
+  return {top, begin + place_of(logits, n, top), sum(total), sum(heated)};
 }
 
-Summary merge(const Summary* ranges, int count) {
+// How many times less likely than the row's largest a range's largest is.
+float share(const Summary& range, const Summary& row, float temperature) {
+  return std::exp((range.max - row.max) / temperature);
+}
+
+Summary merge(const Summary* ranges, int count, float temperature) {
   Summary row = ranges[0];
   for (int i = 1; i < count; i++) {
     if (ranges[i].max > row.max) {
@@ -107,10 +84,14 @@ Summary merge(const Summary* ranges, int count) {
     }
   }
   for (int i = 0; i < count; i++)
-    if (!(std::fabs(ranges[i].max) < INFINITY)) return {std::numeric_limits<float>::quiet_NaN(), 0, 0};
-  float total = 0;
-  for (int i = 0; i < count; i++) total += ranges[i].sum * std::exp(ranges[i].max - row.max);
+    if (!(std::fabs(ranges[i].max) < INFINITY)) return {std::numeric_limits<float>::quiet_NaN(), 0, 0, 0};
+  float total = 0, heated = 0;
+  for (int i = 0; i < count; i++) {
+    total += ranges[i].sum * share(ranges[i], row, 1);
+    if (temperature > 0) heated += ranges[i].heated * share(ranges[i], row, temperature);
+  }
   row.sum = total;
+  row.heated = heated;
   return row;
 }
 
@@ -123,131 +104,25 @@ Summary best(const float* logits, int width) {
     spoilt = fma(max(least, v), zero(), spoilt);  // NaN as soon as one is inf or NaN
   }
   const float top = largest(most);
-  if (!(sum(spoilt) == 0) || top == LOWEST) return {std::numeric_limits<float>::quiet_NaN(), 0, 0};
-  return {top, place_of(logits, width, top), 0};
+  if (!(sum(spoilt) == 0) || top == LOWEST) return {std::numeric_limits<float>::quiet_NaN(), 0, 0, 0};
+  return {top, place_of(logits, width, top), 0, 0};
 }
 
-void top(const float* logits, int width, int count, int32_t* ids, void* memory) {
+void top(const float* logits, int width, int count, const float* maxima, int32_t* ids, void* memory) {
   if (count < 1) return;
   Scratch scratch;
   lay_out(scratch, memory, width);
   const Search& search = scratch.search;
-  const int found = find_candidates(logits, width, kth_largest(logits, width, count, search), search);
+  const float cut = maxima == nullptr ? LOWEST : below_kth_largest(maxima, num_maxima(width), count, search);
+  const int found = cut > LOWEST
+                        ? find_candidates(logits, width, maxima, cut, search)
+                        : find_candidates(logits, width, kth_largest(logits, width, count, search), search);
   for (int i = 0; i < found; i++) search.keys[i] = key_of(search.values[i], ~search.places[i]);
   std::partial_sort(search.keys, search.keys + count, search.keys + found, std::greater<uint64_t>());
   for (int i = 0; i < count; i++) ids[i] = ~static_cast<int32_t>(static_cast<uint32_t>(search.keys[i]));
 }
 
-// ---------------------------------------------------------------- what is kept
-
-// Scores from `count` up to the next whole vector, so that they weigh nothing.
-void seal(Kept& kept) { std::fill_n(kept.scores + kept.count, LANES, LOWEST); }
-
-// kept.weights: e^(score - max); kept.sum.
-void exponentiate(Kept& kept) {
-  seal(kept);
-  const F32 minus = set1(kept.max);
-  double total = 0;
-  for (int begin = 0; begin < kept.count; begin += SUMMARY_COLUMNS) {
-    const int end = std::min(begin + SUMMARY_COLUMNS, kept.count);
-    F32 part = zero();
-    for (int i = begin; i < end; i += LANES) {
-      const F32 e = exp(sub(load(kept.scores + i), minus));
-      store(kept.weights + i, e);
-      part = add(part, e);
-    }
-    total += static_cast<double>(sum(part));
-  }
-  kept.sum = static_cast<float>(total);
-}
-
-// e^(score - max) -> whole units; their total.
-double count_units(Kept& kept) {
-  const F32 scale = set1(1.0f / kept.sum * UNITS);
-  WholeSum total;
-  for (int i = 0; i < kept.count; i += LANES) {
-    const F32 units = floor(mul(load(kept.weights + i), scale));
-    store(kept.weights + i, units);
-    WholeSum::add(total, units);
-  }
-  return total.total();
-}
-
-// Keep the entries whose value is at least `least`.
-void keep_at_least(Kept& kept, const float* values, float least) {
-  const F32 edge = set1(least);
-  int count = 0;
-  for (int i = 0; i < kept.count; i += LANES) {
-    const uint32_t mask = at_least(load(values + i), edge) & first_lanes(kept.count - i);
-    const F32 scores = load(kept.scores + i);
-    const I32 ids = kept.is_all ? counting(i) : load_i32(kept.ids + i);
-    if (mask == 0) continue;
-    compress(mask, as_bits(scores), kept.scores + count);
-    compress(mask, ids, kept.ids + count);
-    count += __builtin_popcount(mask);
-  }
-  kept.count = count;
-  kept.is_all = false;
-}
-
-// The decimal that a float32 was written as: 0.1, not 0.10000000149.
-double decimal(float value) { return std::max(std::nearbyint(static_cast<double>(value) * 1e7) / 1e7, 1e-7); }
-
-void keep_top_k(Scratch& scratch, int top_k) {
-  Kept& kept = scratch.kept;
-  if (top_k < kept.count) keep_at_least(kept, kept.scores, kth_largest(kept.scores, kept.count, top_k, scratch.search));
-}
-
-void keep_top_p(Scratch& scratch, float top_p) {
-  Kept& kept = scratch.kept;
-  const double tail = decimal(1.0f - top_p);
-  exponentiate(kept);
-  const double total = count_units(kept), limit = std::max(total - std::floor(tail * total) - 1, 0.0);
-  // What is less likely than tail / count is together no more than the tail, so it is cut off (with a margin).
-  const double cut = kept.max + std::log(static_cast<double>(kept.sum) * tail / kept.count) - 0.01;
-  int last = first_beyond(kept.scores, kept.weights, kept.count, limit, kept.max, static_cast<float>(cut), scratch.search);
-  if (last < 0) last = first_beyond(kept.scores, kept.weights, kept.count, limit, kept.max, LOWEST, scratch.search);
-  const float least = kept.scores[last];
-  for (int i = 0; i < last; i++)  // its equals of lower ids come after it
-    if (kept.scores[i] == least) kept.scores[i] = std::numeric_limits<float>::quiet_NaN();
-  keep_at_least(kept, kept.scores, least);
-}
-
-void keep_min_p(Scratch& scratch, float min_p) {
-  Kept& kept = scratch.kept;
-  exponentiate(kept);
-  const float scale = 1.0f / kept.sum;  // the largest exponential is 1
-  const F32 shrink = set1(scale);
-  for (int i = 0; i < kept.count; i += LANES) store(scratch.values + i, mul(load(kept.weights + i), shrink));
-  keep_at_least(kept, scratch.values, min_p * scale);
-}
-
-void keep_typical(Scratch& scratch, float typical_p) {
-  Kept& kept = scratch.kept;
-  exponentiate(kept);
-  const double total = count_units(kept), limit = std::ceil(decimal(typical_p) * total) - 1;
-  const F32 minus = set1(kept.max), log_sum = set1(std::log(kept.sum));
-  const F32 least = set1(-200.0f);
-  double units = 0;
-  for (int i = 0; i < kept.count; i += LANES) {
-    const F32 share = sub(sub(load(kept.scores + i), minus), log_sum);
-    store(scratch.values + i, sub(zero(), max(share, least)));
-  }
-  for (int i = 0; i < kept.count; i++)
-    units += std::nearbyint(static_cast<double>(kept.weights[i]) * static_cast<double>(scratch.values[i]) / 16);
-  const F32 entropy = set1(static_cast<float>(units * (16.0 / 1125899906842624.0)));
-  F32 most = set1(LOWEST);
-  std::fill_n(scratch.values + kept.count, LANES, INFINITY);
-  for (int i = 0; i < kept.count; i += LANES) {
-    const F32 away = sub(load(scratch.values + i), entropy);
-    const F32 typicality = min(away, sub(zero(), away));
-    store(scratch.values + i, typicality);
-    most = max(most, typicality);
-  }
-  const int last = first_beyond(scratch.values, kept.weights, kept.count, limit, largest(most), LOWEST, scratch.search);
-  keep_at_least(kept, scratch.values, scratch.values[last]);
-  kept.max = *std::max_element(kept.scores, kept.scores + kept.count);  // the likeliest may be gone
-}
+// ---------------------------------------------------------------- draws
 
 // The first id at which the cumulative distribution exceeds the uniform.
 int32_t draw_kept(Kept& kept, double uniform) {
@@ -266,25 +141,68 @@ int32_t draw_kept(Kept& kept, double uniform) {
   return kept.is_all ? place : kept.ids[place];
 }
 
-int32_t draw(const float* logits, int width, float max, const SamplingRecord& record, double uniform, void* memory) {
+// The range that the uniform falls into, then the id within it.
+int32_t draw_in_range(Kept& kept, const float* logits, int width, const Digest& known, float temperature,
+                      double uniform) {
+  const auto units = [&](int range) {
+    const double weight = double{known.ranges[range].heated} * double{share(known.ranges[range], known.row, temperature)};
+    return std::floor(weight / double{known.row.heated} * double{UNITS});
+  };
+  const int count = num_ranges(width);
+  double total = 0;
+  for (int i = 0; i < count; i++) total += units(i);
+  double target = std::min(std::floor(uniform * total), total - 1);
+  int range = 0;
+  for (double weight; range < count - 1 && target >= (weight = units(range)); range++) target -= weight;
+  const int begin = range * SUMMARY_COLUMNS;
+  score(kept, logits + begin, std::min(SUMMARY_COLUMNS, width - begin), known.ranges[range].max, temperature);
+  return begin + draw_kept(kept, (target + 0.5) / units(range));
+}
+
+// What the first filter is likely to keep, found by the maxima; false: it has to be looked for among all.  That of
+// top_p is likely if what it leaves weighs as much as `tail_tokens` of the last one that it keeps.
+bool gather(Scratch& scratch, const float* logits, int width, const Digest& known, const SamplingRecord& record,
+            int tail_tokens) {
+  Kept& kept = scratch.kept;
+  const float temperature = record.temperature, max = known.row.max / temperature;
+  float complete = LOWEST;
+  if (record.top_k > 0) {
+    complete = below_kth_largest(known.maxima, num_maxima(width), record.top_k, scratch.search) / temperature;
+  } else if (record.top_p < 1) {
+    const double tail = decimal(1.0f - record.top_p);
+    if (tail < 1e-4) return false;  // so little is lost in the rounding of the sum
+    complete = tail_cut(max, known.row.heated, tail, std::min(width, tail_tokens));
+  } else if (record.min_p > 0) {
+    complete = max + std::log(record.min_p);
+  }
+  const float cut = (complete - margin(max)) * temperature;
+  if (!(cut > LOWEST)) return false;
+  const int count = find_candidates(logits, width, known.maxima, cut, scratch.search);
+  score(kept, scratch.search.values, count, known.row.max, temperature);
+  std::swap(kept.ids, scratch.search.places);
+  kept.is_all = false;
+  kept.whole_sum = record.top_k > 0 ? 0 : known.row.heated;
+  kept.complete = complete;
+  return true;
+}
+
+int32_t draw(const float* logits, int width, float max, const Digest* digest, const SamplingRecord& record,
+             double uniform, void* memory) {
   Scratch scratch;
   lay_out(scratch, memory, width);
-  Kept& kept = scratch.kept;
-  kept.count = width;
-  kept.is_all = true;
   // A temperature so low that the quotient overflows is raised.
   const float temperature = std::max(record.temperature, std::fabs(max) / std::numeric_limits<float>::max());
-  const F32 by = set1(temperature);
-  kept.max = max / temperature;
-  for (int i = 0; i < width; i += LANES) {
-    const F32 v = width - i < LANES ? load(logits + i, width - i) : load(logits + i);
-    store(kept.scores + i, div(v, by));
+  if (digest != nullptr && temperature == record.temperature && temperature >= LEAST_SUMMED) {
+    const bool is_filtered = record.top_k > 0 || record.top_p < 1 || record.min_p > 0 || record.typical_p < 1;
+    if (!is_filtered) return draw_in_range(scratch.kept, logits, width, *digest, temperature, uniform);
+    for (int tokens = TAIL_TOKENS; gather(scratch, logits, width, *digest, record, tokens); tokens *= 8) {
+      if (narrow(scratch, record)) return draw_kept(scratch.kept, uniform);
+      if (tokens >= width) break;
+    }
   }
-  if (record.top_k > 0) keep_top_k(scratch, record.top_k);
-  if (record.top_p < 1) keep_top_p(scratch, record.top_p);
-  if (record.min_p > 0) keep_min_p(scratch, record.min_p);
-  if (record.typical_p < 1) keep_typical(scratch, record.typical_p);
-  return draw_kept(kept, uniform);
+  score(scratch.kept, logits, width, max, temperature);
+  narrow(scratch, record);
+  return draw_kept(scratch.kept, uniform);
 }
 
 }  // namespace

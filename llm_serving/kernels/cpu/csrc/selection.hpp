@@ -5,6 +5,7 @@
 #include <functional>
 #include <limits>
 
+#include "kernels.hpp"
 #include "vec.hpp"
 
 namespace llm {
@@ -103,23 +104,48 @@ inline int find_candidates(const float* values, int n, float cut, const Search& 
   return count;
 }
 
-// The k-th largest of n values, 1 <= k <= n.  Candidates are what is not below the k-th largest of the maxima
-// of parts, of which there are some times k.
-inline float kth_largest(const float* values, int n, int k, const Search& search) {
+// The same, of a row whose maxima (see Digest) say where to look; cut > -inf.
+inline int find_candidates(const float* values, int n, const float* maxima, float cut, const Search& search) {
+  const F32 edge = set1(cut);
+  int count = 0;
+  constexpr int AHEAD = 4;
+  const float* const last_maxima = maxima + (n - 1) / MAXIMA_COLUMNS * LANES;
+  for (int begin = 0; begin < n; begin += MAXIMA_COLUMNS, maxima += LANES) {
+    const float* ahead = maxima + AHEAD * LANES;
+    if (ahead <= last_maxima && at_least(load(ahead), edge) != 0)
+      for (int i = 0; i < MAXIMA_COLUMNS; i += LANES) prefetch(values + begin + AHEAD * MAXIMA_COLUMNS + i);
+    if (at_least(load(maxima), edge) == 0) continue;
+    for (int i = begin; i < std::min(begin + MAXIMA_COLUMNS, n); i += LANES) {
+      const F32 v = n - i < LANES ? load(values + i, n - i) : load(values + i);
+      const uint32_t mask = at_least(v, edge) & first_lanes(n - i);
+      if (mask == 0) continue;
+      compress(mask, as_bits(v), search.values + count);
+      compress(mask, counting(i), search.places + count);
+      count += __builtin_popcount(mask);
+    }
+  }
+  return count;
+}
+
+// Not above the k-th largest of n values, but close: the k-th largest of the maxima of parts, of which there are
+// some times k; -inf if there are fewer.
+inline float below_kth_largest(const float* values, int n, int k, const Search& search) {
   const int vectors = std::clamp(n / 8 / k, 1, 64);  // each lane of so many is a part
   const int step = vectors * LANES, num_parts = n / step * LANES;
-  float cut = LOWEST;
-  if (k <= num_parts) {
-    for (int part = 0; part < n / step; part++) {
-      const float* from = values + static_cast<size_t>(part) * step;
-      F32 most = load(from);
-      for (int i = LANES; i < step; i += LANES) most = max(most, load(from + i));
-      store(search.values + part * LANES, most);
-    }
-    std::nth_element(search.values, search.values + k - 1, search.values + num_parts, std::greater<float>());
-    cut = search.values[k - 1];
+  if (k > num_parts) return LOWEST;
+  for (int part = 0; part < n / step; part++) {
+    const float* from = values + static_cast<size_t>(part) * step;
+    F32 most = load(from);
+    for (int i = LANES; i < step; i += LANES) most = max(most, load(from + i));
+    store(search.values + part * LANES, most);
   }
-  const int count = find_candidates(values, n, cut, search);
+  std::nth_element(search.values, search.values + k - 1, search.values + num_parts, std::greater<float>());
+  return search.values[k - 1];
+}
+
+// The k-th largest of n values, 1 <= k <= n.
+inline float kth_largest(const float* values, int n, int k, const Search& search) {
+  const int count = find_candidates(values, n, below_kth_largest(values, n, k, search), search);
   std::nth_element(search.values, search.values + k - 1, search.values + count, std::greater<float>());
   return search.values[k - 1];
 }
