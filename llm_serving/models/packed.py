@@ -322,7 +322,7 @@ class NativeSteps:
 
 
 def _tiles(cache: torch.Tensor) -> npt.NDArray[Any]:
-    """[slots, heads, width] as the kernels see it: [tiles, heads, 16 * width], bfloat16 as uint16."""
+    """[slots, heads, width] as the kernels see it: [tiles, heads, 16 * width], no bfloat16."""
     slots, heads, width = cache.shape
     raw = cache.view(torch.uint16) if cache.dtype is torch.bfloat16 else cache
     found: npt.NDArray[Any] = raw.reshape(slots // 16, heads, 16 * width).numpy()
