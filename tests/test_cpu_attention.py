@@ -264,8 +264,9 @@ def test_scores_far_apart_neither_overflow_nor_vanish(isa: str) -> None:
 @pytest.mark.parametrize("isa", ISAS)
 def test_the_longest_sums_of_words_and_bytes_do_not_overflow(isa: str) -> None:
     world = World(Model(heads=2, kv_heads=1, head_dim=1024, dtype="int8"), [2], [64])
-    world.projected[0][:, : 3 * 1024] = 1  # after the rotation of equal angles: all as large
-    world.projected[0][:, 3 * 1024 :] = -2
+    heads = world.projected[0].reshape(64, 4, 1024)
+    heads[:] = 1
+    heads[1::2, 2:] = -1  # keys and values: what has the wrong sign is seen
     world.cos[:], world.sin[:] = 1, 0
     world.check(isa)
 
