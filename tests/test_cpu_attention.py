@@ -370,5 +370,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         attend(np.array([[0, 1, 99]], np.int32))
     with pytest.raises(ValueError, match="too narrow for a context"):
         attend(np.array([[0, 1]], np.int32))
+    tight = np.zeros((6, 3, 16 * 64), np.int8)  # no room for scales
+    step = native.AttentionStep(starts, lens, world.tables)
+    with pytest.raises(ValueError, match=r"int8 array of shape \[6, 3, 1088\]"):
+        native.attend(kernels, pool, step, tight, tight, 16, 64, query, query.copy())
     with pytest.raises(ValueError, match="block_size must be a multiple of 16"):
         attend(world.tables, 24)

@@ -35,12 +35,12 @@ Partial partial_at(float* place, int rows, int d) {
 
 // What a thread works with; see scratch_bytes.
 struct Scratch {
-  uint32_t* query;    // [rows, steps]
-  float* query_scale; // [rows], of int8
-  float* lanes;       // [rows, 16] sums of weights
-  float* scores;      // [MOST_ROWS, CHUNK]
-  uint32_t* weights;  // [MOST_ROWS, CHUNK]
-  float* own;         // two partial results
+  uint32_t* query;     // [rows, steps]
+  float* query_scale;  // [rows], of int8
+  float* lanes;        // [rows, 16] sums of weights
+  float* scores;       // [MOST_ROWS, CHUNK]
+  uint32_t* weights;   // [MOST_ROWS, CHUNK]
+  float* own;          // two partial results
   float* other;
 };
 

@@ -227,7 +227,7 @@ void bind_attention(nb::module_& m) {
         nb::arg("positions"), nb::arg("slots"), nb::arg("query_norm") = nb::none(),
         nb::arg("key_norm") = nb::none(), nb::arg("eps") = 1e-6f,
         "projected [tokens, (heads + 2 * kv_heads) * d]: queries and keys are normed and rotated in place, keys and "
-        "values stored in a layer's cache, uint16 (bfloat16) or float32 [tiles, kv_heads, 16 * d].");
+        "values stored in a layer's cache, uint16 (bfloat16) or float32 [tiles, kv_heads, 16 * d], or int8 with scales.");
   nb::class_<Step>(m, "AttentionStep", "The rows of a step.")
       .def(nb::init<const Input&, const Input&, const Input&>(), nb::arg("query_starts"), nb::arg("context_lens"),
            nb::arg("block_tables"))
