@@ -68,16 +68,24 @@ class Need:
 class BareModel:
     """As many rows and as much context as its cache, full of noise, holds."""
 
-    def __init__(self, card: ModelCard, *, num_rows: int, context: int, num_threads: int) -> None:
+    def __init__(
+        self,
+        card: ModelCard,
+        *,
+        num_rows: int,
+        context: int,
+        num_threads: int,
+        kv_dtype: str = "auto",
+    ) -> None:
         self.card, self.config = card, card.config
         self._processors = os.sched_getaffinity(0)
-        dtype = DTYPES[card.dtype]
+        dtype = DTYPES[card.dtype] if kv_dtype == "auto" else torch.int8
         self._kernels = NativeKernels(num_threads)
         self._file = PackedFile(pathlib.Path(str(card.packed)))
         self._model = load_packed(self._file, card.config, self._kernels)
         self._width = -(-context // BLOCK_SIZE)
         cache = KvCache(card.config, num_rows * self._width, BLOCK_SIZE, dtype, torch.device("cpu"))
-        _fill(cache.tensor.view(-1))
+        _fill(cache.tensor)
         self.bytes_per_token = bytes_per_block(card.config, BLOCK_SIZE, dtype) // BLOCK_SIZE
         self._runner = ModelRunner(
             card,
@@ -191,8 +199,14 @@ class BareModel:
         return (ended_ns - began_ns) / 1e6, (columns.sampled_ns - columns.sample_ns) / 1e6
 
 
-def _fill(values: torch.Tensor) -> None:
-    noise = (torch.randn(1 << 20) * 0.3).to(values.dtype)
+def _fill(cache: torch.Tensor) -> None:
+    """With noise; of int8, whose tiles end with 16 scales each, bytes with like scales."""
+    if cache.dtype is torch.int8:
+        tile = torch.randint(-127, 128, (16 * cache.shape[-1],), dtype=torch.int8)
+        tile[-64:].view(torch.float32).fill_(0.3 / 40)
+        cache.view(-1, len(tile)).copy_(tile)
+        return
+    values, noise = cache.view(-1), (torch.randn(1 << 20) * 0.3).to(cache.dtype)
     for start in range(0, len(values), len(noise)):
         part = values[start : start + len(noise)]
         part.copy_(noise[: len(part)])

@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from kernels_cpu import Limits, measure_limits
 
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
@@ -37,16 +38,10 @@ class Bench:
         self, model: tuple[str, int, int, int, int], count: int, rows: int, context: int, dtype: str
     ) -> None:
         name, num_layers, heads, kv_heads, d = model
-        kind = np.uint16 if dtype == "bf16" else np.float32
         blocks = -(-context // BLOCK_SIZE)
-        noise = (np.random.default_rng(0).standard_normal(1 << 20) * 0.3).astype(np.float32)
-        if dtype == "bf16":
-            noise = (noise.view(np.uint32) >> 16).astype(np.uint16)
-        shape = (rows * blocks, kv_heads, 16 * d)
-        layers = [
-            (np.resize(noise, shape).astype(kind), np.resize(noise, shape).astype(kind))
-            for _ in range(num_layers)
-        ]
+        noise = _noise(dtype, d)
+        shape = (rows * blocks, kv_heads, noise.shape[1])
+        layers = [(np.resize(noise, shape), np.resize(noise, shape)) for _ in range(num_layers)]
         tables = np.arange(rows * blocks, dtype=np.int32).reshape(rows, blocks)
         starts = np.arange(0, rows * count + 1, count, dtype=np.int32)
         step = _native.AttentionStep(starts, np.full(rows, context, np.int32), tables)
@@ -58,8 +53,9 @@ class Bench:
         seconds = statistics.median(times)
         pairs = rows * (count * context - count * (count - 1) / 2)  # (query, position)
         operations = num_layers * heads * d * 4.0 * pairs
-        num_bytes = 2 * num_layers * rows * blocks * BLOCK_SIZE * kv_heads * d * kind().itemsize
-        limit = self.limits.seconds("BF16" if dtype == "bf16" else "F32", num_bytes, operations)
+        num_bytes = sum(keys.nbytes + values.nbytes for keys, values in layers)
+        # words, as which int8 is multiplied, have the rate of bfloat16
+        limit = self.limits.seconds("F32" if dtype == "f32" else "BF16", num_bytes, operations)
         print(
             f"attention {dtype:4} {name}: {rows:2} rows of {count:3} at {context:4}"
             f" {seconds * 1e3:8.2f} ms (best {min(times) * 1e3:.2f})"
@@ -114,6 +110,16 @@ class Bench:
         )
 
 
+def _noise(dtype: str, d: int) -> npt.NDArray[Any]:
+    """Tiles of one head, [tiles, numbers of a tile]; those of int8 end with their scales."""
+    rng, tiles = np.random.default_rng(0), (1 << 16) // d
+    if dtype == "i8":
+        scales = np.full((tiles, 16), 0.3 / 40, np.float32).view(np.int8)
+        return np.concatenate([rng.integers(-127, 128, (tiles, 16 * d), np.int8), scales], 1)
+    noise = (rng.standard_normal((tiles, 16 * d)) * 0.3).astype(np.float32)
+    return (noise.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else noise
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=2)
@@ -124,7 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     bench = Bench(_native.kernels(options.isa), _native.Pool(options.threads), options.repeats)
     print(f"{bench.kernels.isa}, {options.threads} threads\n{bench.limits}")
-    for dtype in ("bf16", "f32"):
+    for dtype in ("bf16", "i8", "f32"):
         if "decode" in options.only:
             for rows, context in [(1, 192), (1, 256), (8, 256), (32, 256), (1, 2048), (1, 8000)]:
                 bench.attention(SMOLLM2_135M, 1, rows, context, dtype)

@@ -1,6 +1,6 @@
 """What do long contexts and shared beginnings of prompts cost?
 
-    python benchmarks/long_context.py [--weights native] [--rounds 5]
+    python benchmarks/long_context.py [--weights native] [--kv-dtype auto] [--rounds 5]
 
 1. Through HTTP: time to the first token of a system prompt of 1,000 tokens with a suffix, whose
    beginning the server has seen, against that of the suffix alone, which it has not; in turn, every
@@ -152,15 +152,18 @@ def decode(model: BareModel, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--weights", default="native")
+    parser.add_argument("--kv-dtype", default="auto", choices=["auto", "int8"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     disturbance = Disturbance()
     card = prepared_card("auto", options.weights)
     flags = ["--weights", options.weights, "--num-threads", str(options.threads)]
+    flags += ["--kv-dtype", options.kv_dtype]
     shared_prompt(flags, Prompts(Tokenizer(card.tokenizer)), options.rounds)
     shape = {"num_rows": max(ROWS), "context": max(CONTEXTS)}
-    with BareModel(card, **shape, num_threads=options.threads) as model:
+    threads, kv_dtype = options.threads, options.kv_dtype
+    with BareModel(card, **shape, num_threads=threads, kv_dtype=kv_dtype) as model:
         bare_prompts(model, options.rounds)
         decode(model, options.rounds)
     print(disturbance)

@@ -51,7 +51,8 @@ class Columns:
 
 class NoModel:
     num_blocks, block_size, vocab_size = 64, BLOCK_SIZE, 32000
-    dtype, device = "float32", "cpu"
+    dtype = kv_dtype = "float32"
+    device = "cpu"
 
     def __init__(self) -> None:
         self.kernels: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """What does each form of the weights cost?  Perplexity, KL and top-1 agreement against float32.
 
-    python benchmarks/weights_quality.py [MODEL] [--weights native int8] [--chunks 40]
-        [--llama-perplexity build/bin/llama-perplexity]
+    python benchmarks/weights_quality.py [MODEL] [--weights native int8] [--kv-dtype auto int8]
+        [--chunks 40] [--llama-perplexity build/bin/llama-perplexity]
 
 The text is the shipped data set, record after record, cut into chunks of 512 tokens; the positions
 of a chunk's second half are scored, each with at least 256 tokens behind it.  The reference is
@@ -89,7 +89,7 @@ class Score:
 
 
 class Ours:
-    def __init__(self, card: ModelCard, num_threads: int) -> None:
+    def __init__(self, card: ModelCard, kv_dtype: str, num_threads: int) -> None:
         self._runner = ModelRunner.load(
             card,
             device="cpu",
@@ -100,6 +100,7 @@ class Ours:
             max_num_batched_tokens=CHUNK,
             num_threads=num_threads,
             phase=lambda _: None,
+            kv_dtype=kv_dtype,
         )
 
     def log_probs(self, ids: Ids) -> Floats:
@@ -166,7 +167,13 @@ def measure(args: argparse.Namespace) -> list[list[str]]:
     num_positions = len(chunks) * NUM_SCORED
     print(f"{card.name}: {len(chunks)} chunks of {CHUNK} tokens, {num_positions} positions")
     reference = Reference.load(card, num_threads=args.threads, quiet=True)
-    models = {name: Ours(each, args.threads) for name, each in cards.items()}
+    models = {
+        name if kv_dtype == "auto" else f"{name} `--kv-dtype {kv_dtype}`": Ours(
+            each, kv_dtype, args.threads
+        )
+        for name, each in cards.items()
+        for kv_dtype in args.kv_dtype
+    }
     exact, scores = Score(), {name: Score() for name in models}
     with tempfile.NamedTemporaryFile() as file:
         base = BaseFile(file, chunks, card.config.vocab_size)
@@ -201,6 +208,7 @@ def main() -> int:
     add = parser.add_argument
     add("model", nargs="?", default="smollm2-135m-instruct", help="as `serve --model`")
     add("--weights", nargs="+", choices=FORMS, default=FORMS, help="as `serve --weights`")
+    add("--kv-dtype", nargs="+", choices=("auto", "int8"), default=["auto"], help="as `serve`")
     add("--text", type=pathlib.Path, help="a text file instead of the data set")
     add("--chunks", type=int, default=40, help="at most so many")
     add("--threads", type=int, help="of ours, the reference and llama-perplexity [processors]")

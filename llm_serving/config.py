@@ -82,6 +82,7 @@ class SchedulerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_size: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 16  # tokens
     num_blocks: Positive | None = None  # None: from the memory that is there
+    dtype: Literal["auto", "int8"] = "auto"  # auto: the model's own
 
 
 class AgentConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -112,10 +112,11 @@ class ModelCard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{self.weights_kind} as {self.packed_as}"
 
 
-def served_as(card: ModelCard) -> str:
+def served_as(card: ModelCard, kv_dtype: str = "auto") -> str:
     """For people: what the file holds, and what becomes of it."""
     if card.packed_as is None:
         return f"{card.weights_kind} weights served in {card.dtype}"
+    cache = f"{card.dtype if kv_dtype == 'auto' else kv_dtype} cache"
     if card.packed_as == "native":
-        return f"{card.weights_kind} weights as they are, {card.dtype} cache"
-    return f"{card.weights_kind} weights packed as {card.packed_as}, {card.dtype} cache"
+        return f"{card.weights_kind} weights as they are, {cache}"
+    return f"{card.weights_kind} weights packed as {card.packed_as}, {cache}"

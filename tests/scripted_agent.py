@@ -75,7 +75,7 @@ class ScriptedRunner:
     num_blocks = 64
     block_size = 16
     vocab_size = 32000
-    dtype = "float32"
+    dtype = kv_dtype = "float32"
     device = "cpu"
 
     def __init__(self, script: Script, rank: int) -> None:

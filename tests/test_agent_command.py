@@ -21,7 +21,14 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for option in ("rank", "key-fd", "address", "epoch", "card", "device", "max-model-len"):
         assert f"--{option}" in told
-    for option in ("block-size", "num-blocks", "max-num-seqs", "max-num-batched", "num-threads"):
+    for option in (
+        "block-size",
+        "num-blocks",
+        "max-num-seqs",
+        "max-num-batched",
+        "num-threads",
+        "kv-dtype",
+    ):
         assert f"--{option}" in told
 
 

@@ -189,6 +189,14 @@ def test_a_load_is_made_measured_and_compared(
     )
 
 
+def test_the_bare_loop_has_the_cache_of_the_server(
+    server: FakeServer, bare_process: pathlib.Path
+) -> None:
+    server.info["kv_dtype"] = "int8"
+    assert run("--url", server.url, *SHORT) == 0
+    assert " --kv-dtype int8 " in bare_process.with_suffix(".txt").read_text() + " "
+
+
 def test_streams_ask_side_by_side_with_prompts_that_no_cache_knows(
     server: FakeServer, bare_process: pathlib.Path
 ) -> None:

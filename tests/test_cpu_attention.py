@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,8 @@ native = native_or_skip()
 
 Floats = npt.NDArray[np.float32]
 ISAS = native.supported()
-CACHES = ["bfloat16", "float32"]
+CACHES = ["bfloat16", "float32", "int8"]
+TOLERANCES = {"bfloat16": 1e-2, "float32": 3e-6, "int8": 3e-4}
 
 
 def to_bf16(x: Floats) -> npt.NDArray[np.uint16]:
@@ -26,7 +28,22 @@ def rounded(x: Floats, dtype: str) -> npt.NDArray[np.float64]:
     """What a cache of this dtype keeps of x."""
     if dtype == "bfloat16":
         x = (to_bf16(x).astype(np.uint32) << 16).view(np.float32)
+    if dtype == "int8":
+        tiny = np.float32(1e-30)
+        scales = np.maximum(np.abs(x).max(-1, keepdims=True), tiny) / np.float32(127)
+        x = np.rint(x * (np.float32(1) / scales)) * scales.astype(np.float64)
     return x.astype(np.float64)
+
+
+def empty_cache(tiles: int, kv_heads: int, head_dim: int, dtype: str) -> npt.NDArray[Any]:
+    """Of NaN; bytes cannot be, but their scales behind each tile and head."""
+    if dtype == "int8":
+        size = -(-head_dim // 4) * 4 * 16
+        cache = np.full((tiles, kv_heads, size + 64), 99, np.int8)
+        cache[..., size:] = np.full(16, np.nan, np.float32).view(np.int8)
+        return cache
+    kind, junk = (np.uint16, 0x7FFF) if dtype == "bfloat16" else (np.float32, np.nan)
+    return np.full((tiles, kv_heads, 16 * head_dim), junk, kind)
 
 
 @dataclass
@@ -54,8 +71,7 @@ class World:
         for row, own in enumerate(np.split(blocks, np.cumsum(needed)[:-1])):
             self.tables[row, : len(own)] = own
         tiles = (sum(needed) + 3) * m.block_size // 16
-        kind, junk = (np.uint16, 0x7FFF) if m.dtype == "bfloat16" else (np.float32, np.nan)
-        self.keys = np.full((tiles, m.kv_heads, 16 * m.head_dim), junk, kind)
+        self.keys = empty_cache(tiles, m.kv_heads, m.head_dim, m.dtype)
         self.values = self.keys.copy()
         width = (m.heads + 2 * m.kv_heads) * m.head_dim
         self.projected = [rng.standard_normal((n, width), np.float32) for n in context_lens]
@@ -128,7 +144,7 @@ class World:
         for span in before:
             self.step(isa, pool, [span])
         spans = [(row, start, end) for row, (end, start) in enumerate(pairs)]
-        tolerance = 1e-2 if self.model.dtype == "bfloat16" else 3e-6
+        tolerance = TOLERANCES[self.model.dtype]
         for span, out in zip(spans, self.step(isa, pool, spans), strict=True):
             np.testing.assert_allclose(out, self.expected(*span), rtol=0, atol=tolerance)
 
@@ -246,6 +262,16 @@ def test_scores_far_apart_neither_overflow_nor_vanish(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_the_longest_sums_of_words_and_bytes_do_not_overflow(isa: str) -> None:
+    world = World(Model(heads=2, kv_heads=1, head_dim=1024, dtype="int8"), [2], [64])
+    heads = world.projected[0].reshape(64, 4, 1024)
+    heads[:] = 1
+    heads[1::2, 2:] = -1  # keys and values: what has the wrong sign is seen
+    world.cos[:], world.sin[:] = 1, 0
+    world.check(isa)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", CACHES)
 def test_a_nan_in_a_rows_own_query_stays_and_harms_no_other(isa: str, dtype: str) -> None:
     world = World(Model(heads=2, kv_heads=1, dtype=dtype), [1, 1], [20, 20])
@@ -255,6 +281,29 @@ def test_a_nan_in_a_rows_own_query_stays_and_harms_no_other(isa: str, dtype: str
     broken, sound = world.step(isa, native.Pool(1), [(0, 19, 20), (1, 19, 20)])
     assert np.isnan(broken[0, 0]).all()
     assert np.isfinite(sound).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("column", [2 * 24 + 5, 3 * 24 + 5])  # of the key, of the value
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_no_byte_can_hold_reaches_all_who_see_it_and_nobody_else(
+    isa: str, column: int, bad: float
+) -> None:
+    world = World(Model(heads=2, kv_heads=1, head_dim=24, dtype="int8"), [20, 20], [20, 20])
+    world.projected[0][10, column] = bad
+    with np.errstate(invalid="ignore"):
+        broken, sound = world.step(isa, native.Pool(1), [(0, 0, 20), (1, 0, 20)])
+    assert np.isfinite(sound).all()
+    assert np.isfinite(broken[:10]).all()
+    assert not np.isfinite(broken[10:]).all(-1).any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", CACHES)
+def test_zeros_are_attended_to_as_zeros(isa: str, dtype: str) -> None:
+    world = World(Model(dtype=dtype), [3], [70])
+    world.projected[0][:] = 0
+    world.check(isa)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -283,10 +332,18 @@ def test_heads_are_normed_before_they_are_rotated_and_stored(isa: str, dtype: st
         stored = world.values[tile, 0].reshape(16, 24)[:7]
         np.testing.assert_array_equal(stored, value[:, 0])
     else:
-        stored = world.keys[tile, 0].reshape(12, 16, 2).transpose(1, 0, 2).reshape(16, 24)[:7]
-        np.testing.assert_allclose(as_float(stored), key[:, 0], rtol=5e-3, atol=1e-6)
-        stored = world.values[tile, 0].reshape(8, 24, 2).transpose(0, 2, 1).reshape(16, 24)[:7]
-        np.testing.assert_array_equal(stored, to_bf16(value[:, 0].astype(np.float32)))
+        keys, values = world.keys[tile, 0], world.values[tile, 0]
+        stored = keys[:384].reshape(12, 16, 2).transpose(1, 0, 2).reshape(16, 24)[:7]
+        other = values[:384].reshape(8, 24, 2).transpose(0, 2, 1).reshape(16, 24)[:7]
+        if dtype == "bfloat16":
+            np.testing.assert_allclose(as_float(stored), key[:, 0], rtol=5e-3, atol=1e-6)
+            np.testing.assert_array_equal(other, to_bf16(value[:, 0].astype(np.float32)))
+            return
+        for bytes_, cache, exact in ((stored, keys, key[:, 0]), (other, values, value[:, 0])):
+            scales = cache[384:].view(np.float32)[:7, None]
+            np.testing.assert_allclose(scales, np.abs(exact).max(1, keepdims=True) / 127, 1e-6)
+            assert (np.abs(bytes_.astype(np.int32)).max(1) == 127).all()
+            assert (np.abs(bytes_ * scales - exact) <= 0.501 * scales).all()
 
 
 def as_float(bits: npt.NDArray[np.uint16]) -> Floats:
@@ -313,5 +370,9 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         attend(np.array([[0, 1, 99]], np.int32))
     with pytest.raises(ValueError, match="too narrow for a context"):
         attend(np.array([[0, 1]], np.int32))
+    tight = np.zeros((6, 3, 16 * 64), np.int8)  # no room for scales
+    step = native.AttentionStep(starts, lens, world.tables)
+    with pytest.raises(ValueError, match=r"int8 array of shape \[6, 3, 1088\]"):
+        native.attend(kernels, pool, step, tight, tight, 16, 64, query, query.copy())
     with pytest.raises(ValueError, match="block_size must be a multiple of 16"):
         attend(world.tables, 24)

@@ -45,6 +45,9 @@ def test_none_switches_the_native_kernels_off(monkeypatch: pytest.MonkeyPatch) -
     refused(
         {"model.weights": "int8"}, f"model.weights: int8 needs the native kernels, but {reason}"
     )
+    refused(
+        {"kv_cache.dtype": "int8"}, f"kv_cache.dtype: int8 needs the native kernels, but {reason}"
+    )
     with pytest.raises(ImportError, match=reason):
         native()
     with pytest.raises(ConfigError, match=f"the native kernels cannot run here: {reason}"):

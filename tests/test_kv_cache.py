@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
+import msgspec
 import pytest
 import torch
 
@@ -85,6 +86,14 @@ def test_each_layer_sees_its_own_part_of_one_tensor() -> None:
     assert (cache.tensor[2, 0, 3, 1] == 1).all()
     assert (cache.tensor[2, 1, 3, 1] == 2).all()
     assert cache.tensor.sum() == 16 + 32
+
+
+def test_int8_has_room_for_a_scale_of_each_token_and_head() -> None:
+    cache = KvCache(CONFIG, 5, 16, torch.int8, CPU)
+    assert cache.tensor.shape == (3, 2, 5, 16, 2, 8 + 4)
+    assert cache.num_bytes == cache.tensor.numel() == 5 * bytes_per_block(CONFIG, 16, torch.int8)
+    odd = KvCache(msgspec.structs.replace(CONFIG, head_dim=6), 5, 16, torch.int8, CPU)
+    assert odd.layers[2][1].shape == (80, 2, 8 + 4)  # scales at a multiple of 64 bytes of a tile
 
 
 def test_memory_is_not_touched_before_it_is_used() -> None:

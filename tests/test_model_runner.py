@@ -311,6 +311,7 @@ def test_loading_tells_its_phases_and_what_it_found(twin: Twin) -> None:
     assert runner.num_blocks == 8 * CONTEXT // BLOCK_SIZE
     assert runner.block_size == BLOCK_SIZE
     assert (runner.vocab_size, runner.dtype) == (VOCAB_SIZE, "float32")
+    assert runner.kv_dtype == "float32"
     assert runner.device in ("cpu", "cuda", "cuda:0")
     assert set(runner.kernels.values()) == {"reference"}
     assert torch.get_num_threads() == 1
@@ -341,6 +342,8 @@ def test_any_limit_of_at_least_one_starts_and_serves(twin: Twin, limits: dict[st
         ({"num_hidden_layers": 2}, {}, "model.layers.2.* has no place"),
         ({}, {"device": "gpu"}, "device: expected auto, cpu or cuda, found 'gpu'"),
         ({}, {"num_blocks": 10**13}, "kv_cache.num_blocks: "),
+        ({}, {"kv_dtype": "int8"}, "kv_cache.dtype: int8 needs the native kernels"),
+        ({}, {"kv_dtype": "int4"}, "kv_cache.dtype: expected one of auto, int8, found 'int4'"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_the_name_of_its_field(

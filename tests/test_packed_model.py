@@ -105,7 +105,7 @@ class Runner:
 
         self.model = load_packed(file, card.config, kernels, linears)
         cache = KvCache(card.config, NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
-        cache.tensor.fill_(torch.nan)
+        cache.tensor.fill_(-1 if dtype is torch.int8 else torch.nan)  # scales: NaN in all bits
         table = rotary_table(card.config, CONTEXT, CPU)
         self.plan = NativePlan(self.model, card.config, kernels, table, cache.layers, BLOCK_SIZE)
         self.model.plan = self.plan
@@ -158,7 +158,7 @@ def test_logits_are_the_reference_librarys(
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("lasting", [[], [0], [34], [0, 1, 17, 34], list(range(1, 35))])
 def test_the_last_layer_follows_only_tokens_that_last_and_gives_them_the_same_bits(
     twin: Twin, lasting: list[int], dtype: torch.dtype, num_threads: int, tmp_path: pathlib.Path
@@ -215,7 +215,7 @@ def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("weights", ATOL)
 def test_chunks_and_threads_do_not_change_a_bit(
     twin: Twin, weights: Weights, dtype: torch.dtype, isa: str, tmp_path: pathlib.Path
@@ -230,7 +230,7 @@ def test_chunks_and_threads_do_not_change_a_bit(
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
 def test_blocks_of_a_gguf_file_are_multiplied_as_they_stand(
     kind: Quant, dtype: torch.dtype, isa: str, tmp_path: pathlib.Path
@@ -244,6 +244,16 @@ def test_blocks_of_a_gguf_file_are_multiplied_as_they_stand(
     assert torch.equal(whole, chunks)
     alone = Runner(twin.card, file, dtype=dtype, isa=isa, num_threads=1)
     assert torch.equal(whole, alone.logits(IDS, [3, 1] * 17 + [2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_what_the_cache_rounds_changes_little(
+    twin: Twin, dtype: torch.dtype, tmp_path: pathlib.Path
+) -> None:
+    runner = Runner(twin.card, pack(twin, "float32", tmp_path), dtype=dtype)
+    found, expected = runner.logits(IDS, [40, 1, 29]), twin.logits(IDS)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
+    assert not torch.allclose(found, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("unpacked", ["layers.1.mlp.down", "layers.0.self_attn.qkv", "lm_head"])

@@ -20,6 +20,8 @@ from llm_serving.commands.ports import listen_on
 from llm_serving.commands.server_record import ServerRecord, find_server
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.native import INSTRUCTION_SET
+from llm_serving.precision.manifest import read_manifest
+from tests.native_kernels import needs_native
 from tests.serving import RunningServer, wait_until
 from tests.trained_sentencepiece import train
 
@@ -92,6 +94,30 @@ def test_without_native_kernels_the_start_says_why_and_the_reference_serves(
     refused = serve("--model", str(twin), "--kernels", "native", "--port", "0", **environment)
     assert refused.returncode == 1
     sentence = f"agent.kernels: native cannot run: {INSTRUCTION_SET} is none"
+    assert sentence in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@needs_native
+def test_an_int8_cache_is_told_serves_and_is_named_in_the_dump(
+    tmp_path: pathlib.Path, twin: pathlib.Path
+) -> None:
+    cache, dump = {"XDG_CACHE_HOME": str(tmp_path)}, tmp_path / "dump"
+    flags = ["--model", str(twin), "--kv-dtype", "int8"]
+    given = [*flags, "--dump-dir", str(dump), "--dump-every", "4"]
+    server = RunningServer(tmp_path / "log", *given, env=cache).wait_ready()
+    try:
+        assert re.search(r"^model .* int8 cache$", server.output, re.M)
+        assert re.search(r"^KV cache .* tokens in int8$", server.output, re.M)
+        assert json.loads(server.get("/info"))["kv_dtype"] == "int8"
+        assert server.generate("hello world", max_new_tokens=8)["generated_text"]
+    finally:
+        assert server.stop() == 0
+    labels = {entry.weights for entry in read_manifest(dump).entries}
+    assert labels == {"float32, int8 cache"}
+    refused = serve(*flags, "--kernels", "reference", "--port", "0", **cache)
+    assert refused.returncode == 1
+    sentence = "kv_cache.dtype: int8 needs the native kernels, but agent.kernels is reference"
     assert sentence in refused.stderr
     assert "Traceback" not in refused.stderr
 

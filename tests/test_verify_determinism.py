@@ -34,7 +34,9 @@ RUNS = (
 
 
 @needs_native
-@pytest.mark.parametrize(("flags", "num_long"), [([], 2), (["--weights", "int8"], 1)])
+@pytest.mark.parametrize(
+    ("flags", "num_long"), [([], 2), (["--weights", "int8"], 1), (["--kv-dtype", "int8"], 2)]
+)
 def test_native_logits_are_the_same_in_any_company(
     smollm2: pathlib.Path, flags: list[str], num_long: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def _ready(settings: AgentSettings, runner: Runner, phases: dict[str, float]) ->
         vocab_size=runner.vocab_size,
         max_model_len=settings.max_model_len,
         dtype=runner.dtype,
+        kv_dtype=runner.kv_dtype,
         device=runner.device,
         kernels=runner.kernels,
         versions=settings.versions,

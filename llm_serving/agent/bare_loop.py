@@ -44,6 +44,7 @@ class BareLoop:
         new_tokens: int,
         num_threads: int,
         device: str = "cpu",
+        kv_dtype: str = "auto",
     ) -> None:
         """Loads the model, which takes seconds.  Raises ConfigError as `ModelRunner.load`."""
         self._num_rows, self._prompt_tokens, self._new_tokens = num_rows, prompt_tokens, new_tokens
@@ -59,6 +60,7 @@ class BareLoop:
             max_num_batched_tokens=num_rows * prompt_tokens,
             num_threads=num_threads,
             phase=lambda _: None,
+            kv_dtype=kv_dtype,
         )
         self._step_id = 0
         self._run(0, prompt_tokens)

@@ -1,6 +1,8 @@
 """The bytes of the KV cache: how many blocks there are, and where each layer's keys and values lie.
 
-Layout: [layer, 2, block, offset, head, dim], keys before values.  The memory is taken but not
+Layout: [layer, 2, block, offset, head, width], keys before values.  The width is the head's
+dimension; in int8, which the native kernels alone write and read, it has room for a float32 scale
+of each token and head (csrc/kernels.hpp says where that lies).  The memory is taken but not
 touched, so a page (of 2 MiB, where the kernel has such) costs nothing until a token is written to
 it; what was never written may hold anything, NaN included.
 """
@@ -20,11 +22,17 @@ __all__ = ["KvCache", "bytes_per_block", "default_num_blocks"]
 MAX_BYTES_ON_CPU = 4 << 30
 SHARE_OF_MEMORY = 4  # a quarter
 _HUGE = 2 << 20  # bytes of a huge page
+_SCALE_BYTES = 4
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    values = 2 * config.num_key_value_heads * config.head_dim * block_size
+    values = 2 * config.num_key_value_heads * _width(config.head_dim, dtype) * block_size
     return config.num_hidden_layers * values * dtype.itemsize
+
+
+def _width(head_dim: int, dtype: torch.dtype) -> int:
+    """Numbers of a token and head."""
+    return head_dim if dtype is not torch.int8 else -(-head_dim // 4) * 4 + _SCALE_BYTES
 
 
 def default_num_blocks(
@@ -57,8 +65,8 @@ class KvCache:
         device: torch.device,
     ) -> None:
         """Raises ConfigError if the memory is not to be had."""
-        heads, dim = config.num_key_value_heads, config.head_dim
-        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, dim)
+        heads, width = config.num_key_value_heads, _width(config.head_dim, dtype)
+        shape = (config.num_hidden_layers, 2, num_blocks, block_size, heads, width)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_bytes = num_blocks * bytes_per_block(config, block_size, dtype)
@@ -72,7 +80,7 @@ class KvCache:
                 f"kv_cache.num_blocks: {num_blocks} blocks of {block_size} tokens take "
                 f"{self.num_bytes / 2**30:.1f} GiB, which is not to be had on {device}"
             ) from exc
-        slots = self.tensor.view(config.num_hidden_layers, 2, -1, heads, dim)
+        slots = self.tensor.view(config.num_hidden_layers, 2, -1, heads, width)
         self.layers = [(layer[0], layer[1]) for layer in slots.unbind(0)]
 
     @property

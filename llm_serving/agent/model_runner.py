@@ -78,6 +78,7 @@ class ModelRunner:
         self.block_size = cache.block_size
         self.vocab_size = card.config.vocab_size
         self.dtype = str(card.dtype)
+        self.kv_dtype = str(cache.tensor.dtype).removeprefix("torch.")
         self.device = str(device)
         self.kernels = kernels.backends()
         self._kernels = kernels
@@ -129,8 +130,11 @@ class ModelRunner:
         max_num_batched_tokens: int,
         num_threads: int,
         phase: Callable[[str], None],
+        kv_dtype: str = "auto",
     ) -> ModelRunner:
         """A warm runner.  `num_blocks` None: from the memory that is there.
+
+        `kv_dtype`: auto (the card's dtype), or int8, which the native kernels alone have.
 
         `phase` is called with a name as each part of the work begins.  Raises ConfigError, naming
         the field, tensor or file, for a model that cannot be served so.
@@ -139,10 +143,11 @@ class ModelRunner:
         torch.set_num_threads(num_threads)
         where = select_device(device)
         kernels = select_kernels(where, num_threads if card.packed else None)
+        cache_dtype = _cache_dtype(kv_dtype, card, kernels)
         phase("read weights")
         model = _read_model(card, kernels, where)
         phase("allocate KV cache")
-        block_bytes = bytes_per_block(card.config, block_size, DTYPES[card.dtype])
+        block_bytes = bytes_per_block(card.config, block_size, cache_dtype)
         blocks = num_blocks or default_num_blocks(
             block_bytes,
             available_bytes=available_memory(where),
@@ -151,7 +156,7 @@ class ModelRunner:
             max_model_len=max_model_len,
             block_size=block_size,
         )
-        cache = KvCache(card.config, blocks, block_size, DTYPES[card.dtype], where)
+        cache = KvCache(card.config, blocks, block_size, cache_dtype, where)
         runner = cls(
             card,
             model,
@@ -319,6 +324,16 @@ def _check_card(card: ModelCard, max_model_len: int) -> None:
             f"max_model_len: {max_model_len} is more than the model's {config.longest_context} "
             "(max_position_embeddings, stretched by rope_scaling)"
         )
+
+
+def _cache_dtype(kv_dtype: str, card: ModelCard, kernels: Kernels) -> torch.dtype:
+    if kv_dtype not in ("auto", "int8"):
+        raise ConfigError(f"kv_cache.dtype: expected one of auto, int8, found {kv_dtype!r:.40}")
+    if kv_dtype == "auto":
+        return DTYPES[card.dtype]
+    if not isinstance(kernels, NativeKernels):
+        raise ConfigError("kv_cache.dtype: int8 needs the native kernels, but the reference runs")
+    return torch.int8
 
 
 def _read_model(card: ModelCard, kernels: Kernels, device: torch.device) -> LlamaModel:

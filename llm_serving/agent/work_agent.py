@@ -57,6 +57,7 @@ class Runner(Protocol):
     block_size: int
     vocab_size: int
     dtype: str
+    kv_dtype: str
     device: str
     kernels: dict[str, str]
     bare_decode_ms: dict[int, float]  # rows -> a decode step with nothing around it

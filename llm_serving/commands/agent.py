@@ -49,6 +49,7 @@ def agent(
     num_blocks: int | None = typer.Option(
         None, min=1, help="blocks of the KV cache; default: from the memory that is there"
     ),
+    kv_dtype: str = typer.Option("auto", help="what the KV cache holds: auto or int8"),
     max_num_seqs: int = typer.Option(64, min=1, help="most requests in one step"),
     max_num_batched_tokens: int = typer.Option(2048, min=1, help="most tokens in one step"),
     num_threads: int | None = typer.Option(
@@ -66,6 +67,7 @@ def agent(
             max_model_len=max_model_len,
             block_size=block_size,
             num_blocks=num_blocks,
+            kv_dtype=kv_dtype,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             num_threads=threads,

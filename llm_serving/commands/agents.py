@@ -30,6 +30,7 @@ def make_launcher(
         "--max-model-len": max_model_len,
         "--block-size": config.kv_cache.block_size,
         "--num-blocks": config.kv_cache.num_blocks,
+        "--kv-dtype": config.kv_cache.dtype,
         "--max-num-seqs": config.scheduler.max_num_seqs,
         "--max-num-batched-tokens": config.scheduler.max_num_batched_tokens,
         "--num-threads": config.agent.num_threads,

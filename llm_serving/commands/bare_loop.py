@@ -41,6 +41,7 @@ def bare_loop(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     weights: Annotated[str, typer.Option(help="as `serve --weights`")] = "auto",
     kernels: Annotated[str, typer.Option(help="as `serve --kernels`")] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help="as `serve --kv-dtype`")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="sequences side by side")] = 1,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="tokens of each prompt")] = 128,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 128,
@@ -64,6 +65,7 @@ def bare_loop(
         new_tokens=new_tokens,
         num_threads=num_threads,
         device=device,
+        kv_dtype=kv_dtype,
     )
     loop.bind_thread()
     steps = [step for _ in range(rounds) for step in loop.decode()]

@@ -126,6 +126,7 @@ def _with_bare(seen: Observation, shape: Shape) -> Observation:
         "--prepared": info.get("prepared"),
         "--device": str(info.get("model_device_type", "auto")).partition(":")[0],
         "--threads": info.get("num_threads"),
+        "--kv-dtype": "int8" if info.get("kv_dtype") == "int8" else None,
         "--rows": shape.streams,
         "--prompt-tokens": shape.prompt_tokens,
         "--new-tokens": shape.new_tokens,

@@ -36,6 +36,7 @@ def fixed_facts(
         "max_total_tokens": context,
         "num_kv_blocks": ready.num_blocks,
         "block_size": ready.block_size,
+        "kv_dtype": ready.kv_dtype,
         "limits": msgspec.to_builtins(config.scheduler),
         "bare_decode_ms": {"context": ready.bare_context, "rows": ready.bare_decode_ms},
         "step_cost": msgspec.to_builtins(ready.step_cost),

@@ -59,7 +59,8 @@ class _FakeRunner:
     """A FakeAgent as an agent's runner; in two steps it fails."""
 
     num_blocks, block_size, vocab_size = _NUM_BLOCKS, _BLOCK_SIZE, _VOCABULARY
-    dtype, device = "float32", "cpu"
+    dtype = kv_dtype = "float32"
+    device = "cpu"
     bare_context = 0
     step_cost: StepCost | None = None
 

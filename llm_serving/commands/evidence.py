@@ -34,6 +34,10 @@ def transport_log(config: AgentConfig, on_event: Callable[[str], None]) -> Itera
         yield log
 
 
+def _cache(ready: Ready) -> str:
+    return "" if ready.kv_dtype in ("", ready.dtype) else f", {ready.kv_dtype} cache"
+
+
 @contextlib.contextmanager
 def logits_dump(
     config: PrecisionConfig, card: ModelCard, ready: Ready
@@ -46,7 +50,7 @@ def logits_dump(
         "model": card.name,
         "model_digest": card.digest,
         "dtype": ready.dtype,
-        "weights": card.weights_served,
+        "weights": card.weights_served + _cache(ready),
         "kernels": "+".join(sorted(set(ready.kernels.values()))),
         "source": "server",
     }

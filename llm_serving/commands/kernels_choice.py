@@ -17,7 +17,8 @@ _GPU = pathlib.Path("/dev/nvidiactl")
 def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     """(`weights` of `prepare`, why the native kernels do not run).
 
-    Raises ConfigError if they, or an instruction set, were asked for and cannot run.  With
+    Raises ConfigError if they, what only they have, or an instruction set, were asked for and
+    cannot run.  With
     `agent.kernels` reference an instruction set is asked for by nobody, but must exist.
     """
     model, agent = config.model, config.agent
@@ -27,6 +28,10 @@ def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
         return model.weights, ""
     if agent.kernels == "native":
         raise ConfigError(f"agent.kernels: native cannot run: {reason}")
+    if config.kv_cache.dtype != "auto":
+        raise ConfigError(
+            f"kv_cache.dtype: {config.kv_cache.dtype} needs the native kernels, but {reason}"
+        )
     if model.weights != "auto":
         raise ConfigError(f"model.weights: {model.weights} needs the native kernels, but {reason}")
     if wanted not in ("auto", "none") and agent.kernels != "reference":

@@ -35,7 +35,7 @@ def prepared_card(config: ServingConfig, report: StartReport) -> ModelCard:
     if card is None:
         with report.phase("prepare the model"):
             card = _prepare(model, weights)
-    report.model(card)
+    report.model(card, config.kv_cache.dtype)
     return card
 
 

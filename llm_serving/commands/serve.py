@@ -95,6 +95,9 @@ def serve(
     num_kv_blocks: Annotated[
         int | None, _option("--num-kv-blocks", "KV-cache blocks [from the memory that is there]")
     ] = None,
+    kv_dtype: Annotated[
+        str | None, _option("--kv-dtype", "what the KV cache holds: auto or int8 [auto: --dtype]")
+    ] = None,
     prefix_caching: Annotated[
         bool | None,
         typer.Option(
@@ -155,6 +158,7 @@ def serve(
         "scheduler.prefix_caching": prefix_caching,
         "kv_cache.block_size": block_size,
         "kv_cache.num_blocks": num_kv_blocks,
+        "kv_cache.dtype": kv_dtype,
         "agent.device": device,
         "agent.num_threads": num_threads,
         "agent.transport": transport,

@@ -32,11 +32,11 @@ class StartReport:
         """Something that people should see: a restart, a warning."""
         print(what, flush=True)
 
-    def model(self, card: ModelCard) -> None:
+    def model(self, card: ModelCard, kv_dtype: str = "auto") -> None:
         config = card.config
         print(
             f"model      {card.name}: {card.architecture}, {config.num_hidden_layers} layers, "
-            f"{served_as(card)}",
+            f"{served_as(card, kv_dtype)}",
             flush=True,
         )
 
@@ -52,7 +52,10 @@ class StartReport:
                 f"{agent['address']} + shared memory, round trip {agent['round_trip_us']} us"
             )
         tokens = ready.num_blocks * ready.block_size
-        print(f"KV cache   {ready.num_blocks} blocks of {ready.block_size} tokens: {tokens} tokens")
+        print(
+            f"KV cache   {ready.num_blocks} blocks of {ready.block_size} tokens: {tokens} tokens"
+            f" in {ready.kv_dtype}"
+        )
         if tokens < max_model_len:
             self.event(
                 f"warning: the KV cache holds {tokens} tokens, less than the context of "

@@ -45,6 +45,7 @@ def verify_determinism(
     dtype: Annotated[str | None, typer.Option(help="as `serve --dtype`")] = None,
     weights: Annotated[str | None, typer.Option(help="as `serve --weights`")] = None,
     kernels: Annotated[str | None, typer.Option(help="as `serve --kernels`")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="as `serve --kv-dtype`")] = None,
     prompts: Annotated[int, typer.Option(min=3, help="requests")] = 24,
     new_tokens: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 16,
     threads: Annotated[int | None, typer.Option(min=1, help="threads [processors]")] = None,
@@ -57,7 +58,7 @@ def verify_determinism(
     where nobody wants them.  All logits, ids and logprobs are compared bit for bit.
     """
     given = {"model.path": model, "model.dtype": dtype, "model.weights": weights}
-    given["agent.kernels"] = kernels
+    given |= {"agent.kernels": kernels, "kv_cache.dtype": kv_dtype}
     settings = load_config(
         config, {key: value for key, value in given.items() if value is not None}
     )
@@ -72,11 +73,11 @@ def verify_determinism(
         raise ConfigError(f"--new-tokens: {new_tokens} leave no room in the model's {longest}")
     requests = make_prompts(prompts, new_tokens, card.config.vocab_size, longest, seed)
     alone, others = scenarios(requests, new_tokens, num_threads)
-    expected, counts = _run(card, alone, requests, longest, new_tokens)
+    expected, counts = _run(card, settings.kv_cache.dtype, alone, requests, longest, new_tokens)
     skips_logits = card.packed is not None
     results = [_report(alone, expected, counts, expected, skips_logits)]
     for scenario in others:
-        found, each = _run(card, scenario, requests, longest, new_tokens)
+        found, each = _run(card, settings.kv_cache.dtype, scenario, requests, longest, new_tokens)
         results.append(_report(scenario, found, each, expected, skips_logits))
         counts += each
     if not all(results):
@@ -132,6 +133,7 @@ def _total(counts: Sequence[Counts], name: str) -> int:
 
 def _run(
     card: ModelCard,
+    kv_dtype: str,
     scenario: Scenario,
     requests: Sequence[Prompt],
     longest: int,
@@ -148,6 +150,7 @@ def _run(
         max_num_batched_tokens=scenario.limits.max_num_batched_tokens,
         num_threads=scenario.num_threads,
         phase=lambda _: None,
+        kv_dtype=kv_dtype,
     )
     given = requests
     if not scenario.random_arrivals:

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 Ints = npt.NDArray[np.int32]
+_KV_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
 _HALF = 16  # gates, then up-projections, side by side in a packed gate_up
 
 
@@ -146,7 +147,7 @@ class NativePlan:
             intermediate_size=config.intermediate_size,
             eps=config.rms_norm_eps,
             block_size=block_size,
-            bf16_cache=caches[0][0].dtype is torch.bfloat16,
+            kv_format=getattr(kernels.module.KvFormat, _KV_FORMATS[caches[0][0].dtype]),
             cos=cos,
             sin=sin,
         )
@@ -330,8 +331,8 @@ class NativeSteps:
 
 
 def _tiles(cache: torch.Tensor) -> npt.NDArray[Any]:
-    """[slots, heads, dim] as the kernels see it, [tiles, heads, 16 * dim]; bfloat16 as uint16."""
-    slots, heads, dim = cache.shape
+    """[slots, heads, width] as the kernels see it: [tiles, heads, 16 * width], no bfloat16."""
+    slots, heads, width = cache.shape
     raw = cache.view(torch.uint16) if cache.dtype is torch.bfloat16 else cache
-    found: npt.NDArray[Any] = raw.reshape(slots // 16, heads, 16 * dim).numpy()
+    found: npt.NDArray[Any] = raw.reshape(slots // 16, heads, 16 * width).numpy()
     return found

@@ -5,7 +5,8 @@
 // in bfloat16); the weights' sum runs in 16 lanes; an accumulator adds up over positions in order (two at a
 // time in bfloat16) and is rescaled when a chunk begins.  Pieces are then folded in order.  What lies beyond
 // a query is masked, so it adds an exact zero; what lies beyond all queries of a group is never read into a
-// result.  With a bfloat16 cache, queries (times scale and log2(e)) and weights are rounded to bfloat16.
+// result.  With a bfloat16 cache, queries (times scale and log2(e)) and weights are rounded to bfloat16; with
+// int8, to words whose products add up exactly in a score and in a chunk's share of an accumulator.
 #include <algorithm>
 #include <cmath>
 
@@ -18,18 +19,27 @@ namespace {
 constexpr int AHEAD = 2;  // chunks that are fetched before they are needed
 
 // Queries of one kv head, scaled: [tokens * group, steps].
-template <bool bf16>
-void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, int group, int d, uint32_t* packed) {
+template <KvFormat format>
+void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, int group, int d, uint32_t* packed,
+                  float* scales) {
   const F32 scale = set1(io.scale * LOG2_E);
   float rounded[LANES];
   for (int row = 0; row < tile.num_tokens * group; row++) {
     const int token = tile.first_token + row / group, head = kv_head * group + row % group;
     const float* query = io.query + static_cast<size_t>(token) * io.query_stride + static_cast<size_t>(head) * d;
-    char* to = reinterpret_cast<char*>(packed) + static_cast<size_t>(row) * d * (bf16 ? 2 : 4);
+    char* to = reinterpret_cast<char*>(packed) + static_cast<size_t>(row) * d * (format == KvFormat::f32 ? 4 : 2);
+    F32 by = zero();
+    if constexpr (format == KvFormat::i8) {
+      scales[row] = query_word(query, scale, d);
+      by = set1(scales[row] > 0 ? 1.0f / scales[row] : 0.0f);
+    }
     for (int i = 0; i < d; i += LANES) {
       const int count = std::min(d - i, LANES);
       const F32 scaled = mul(load(query + i, count), scale);
-      if constexpr (bf16) {
+      if constexpr (format == KvFormat::i8) {
+        pack_i16(reinterpret_cast<int16_t*>(rounded), to_int(mul(scaled, by)));
+        std::memcpy(to + i * 2, rounded, static_cast<size_t>(count) * 2);
+      } else if constexpr (format == KvFormat::bf16) {
         round_bf16(reinterpret_cast<uint16_t*>(rounded), scaled);
         std::memcpy(to + i * 2, rounded, static_cast<size_t>(count) * 2);
       } else {
@@ -41,7 +51,7 @@ void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, in
 
 // Chunk `number` of a row's context of `end` positions; beyond it, its last tile.
 Chunk find_chunk(const Cache& cache, const int32_t* blocks, int kv_head, int number, int end) {
-  const size_t bytes = static_cast<size_t>(cache.head_dim) * TILE * (cache.bf16 ? 2 : 4);
+  const size_t bytes = tile_bytes(cache.format, cache.head_dim);
   Chunk chunk;
   for (int t = 0; t < CHUNK_TILES; t++) {
     const int position = std::min(number * CHUNK + t * TILE, (end - 1) / TILE * TILE);
@@ -81,7 +91,7 @@ class Walk {
 };
 
 // One piece of a tile's context into `part`.
-template <bool bf16>
+template <KvFormat format>
 void attend_piece(const Walk& walk, const AttentionTile& tile, int group, int d, int piece, const Scratch& scratch,
                   const Partial& part) {
   const int rows = tile.num_tokens * group;
@@ -98,9 +108,9 @@ void attend_piece(const Walk& walk, const AttentionTile& tile, int group, int d,
       for (int m = first; m < last; m++) visible[m - first] = tile.first_position + m / group + 1 - number * CHUNK;
       if (visible[last - first - 1] <= 0) continue;
       if (g == num_groups - 1)
-        attend_rows<bf16, true>(last - first, chunk, later, d, visible, first, scratch, part);
+        attend_rows<format, true>(last - first, chunk, later, d, visible, first, scratch, part);
       else
-        attend_rows<bf16, false>(last - first, chunk, later, d, visible, first, scratch, part);
+        attend_rows<format, false>(last - first, chunk, later, d, visible, first, scratch, part);
     }
   }
   for (int m = 0; m < rows; m++) part.sum[m] = sum(load(scratch.lanes + m * LANES));
@@ -132,21 +142,21 @@ void write_out(const Attended& io, const AttentionTile& tile, int kv_head, int g
   }
 }
 
-template <bool bf16>
+template <KvFormat format>
 void attend_item(const Cache& cache, const Rows& rows, const Attended& io, const AttentionItem& item,
                  const AttentionItem& next, void* memory, float* partials) {
   const AttentionTile& tile = *item.tile;
   const int d = cache.head_dim, group = io.heads / cache.kv_heads, num_rows = tile.num_tokens * group;
   Scratch scratch;
   lay_out(scratch, memory, group * tile_tokens(group), d);
-  pack_queries<bf16>(io, tile, item.kv_head, group, d, scratch.query);
+  pack_queries<format>(io, tile, item.kv_head, group, d, scratch.query, scratch.query_scale);
   float* place = scratch.own;
   if (tile.partial >= 0) place = partials + tile.partial + item.kv_head * partial_floats(num_rows, d);
   const Partial own = partial_at(place, num_rows, d), other = partial_at(scratch.other, num_rows, d);
   const Walk walk(cache, rows, item, next);
   for (int piece = tile.piece_begin; piece < tile.piece_end; piece++) {
     const bool is_first = piece == tile.piece_begin;
-    attend_piece<bf16>(walk, tile, group, d, piece, scratch, is_first ? own : other);
+    attend_piece<format>(walk, tile, group, d, piece, scratch, is_first ? own : other);
     if (!is_first) fold(own, other, num_rows, d);
   }
   if (tile.partial < 0) write_out(io, tile, item.kv_head, group, d, own);
@@ -154,10 +164,11 @@ void attend_item(const Cache& cache, const Rows& rows, const Attended& io, const
 
 void attend(const Cache& cache, const Rows& rows, const Attended& io, const AttentionItem& item,
             const AttentionItem& next, void* scratch, float* partials) {
-  if (cache.bf16)
-    attend_item<true>(cache, rows, io, item, next, scratch, partials);
-  else
-    attend_item<false>(cache, rows, io, item, next, scratch, partials);
+  switch (cache.format) {
+    case KvFormat::f32: return attend_item<KvFormat::f32>(cache, rows, io, item, next, scratch, partials);
+    case KvFormat::bf16: return attend_item<KvFormat::bf16>(cache, rows, io, item, next, scratch, partials);
+    case KvFormat::i8: return attend_item<KvFormat::i8>(cache, rows, io, item, next, scratch, partials);
+  }
 }
 
 void combine(const Cache& cache, const Attended& io, const AttentionTile* tiles, AttentionSplit split, int kv_head,

@@ -27,6 +27,7 @@ constexpr const char* type_name() {
   if constexpr (std::is_same_v<T, int32_t>) return "int32";
   if constexpr (std::is_same_v<T, uint16_t>) return "uint16";
   if constexpr (std::is_same_v<T, uint8_t>) return "uint8";
+  if constexpr (std::is_same_v<T, int8_t>) return "int8";
 }
 
 // The data of a contiguous array of this type and shape (-1: any size).  Raises ValueError.

@@ -36,16 +36,22 @@ struct Memory {
   size_t size = 0;
 };
 
-// keys and values [tiles, kv_heads, 16 * head_dim], each tile and head laid out as kernels.hpp says.
+// keys and values [tiles, kv_heads, 16 * head_dim] or, of int8, [.., tile_bytes], laid out as kernels.hpp says.
 Cache cache_of(const Array& keys, const Array& values, int block_size, int64_t head_dim) {
   require(block_size > 0 && block_size % TILE == 0, "block_size must be a multiple of 16");
   require(head_dim > 0 && head_dim % 2 == 0 && head_dim <= MAX_HEAD_DIM, "head_dim must be even and at most 1024");
-  require(keys.ndim() == 3, "keys must be [tiles, kv_heads, 16 * head_dim]");
+  require(keys.ndim() == 3, "keys must be [tiles, kv_heads, numbers of a tile]");
   const auto tiles = static_cast<int64_t>(keys.shape(0)), heads = static_cast<int64_t>(keys.shape(1));
   require(heads > 0 && tiles * TILE % block_size == 0, "keys must hold whole blocks of at least one head");
-  const bool bf16 = keys.dtype() == nb::dtype<uint16_t>();
-  Cache cache = {nullptr, nullptr, block_size, static_cast<int>(heads), static_cast<int>(head_dim), bf16};
-  if (bf16) {
+  const KvFormat format = keys.dtype() == nb::dtype<uint16_t>() ? KvFormat::bf16
+                          : keys.dtype() == nb::dtype<int8_t>() ? KvFormat::i8
+                                                                : KvFormat::f32;
+  Cache cache = {nullptr, nullptr, block_size, static_cast<int>(heads), static_cast<int>(head_dim), format};
+  if (format == KvFormat::i8) {
+    const auto bytes = static_cast<int64_t>(tile_bytes(format, cache.head_dim));
+    cache.keys = data_of<int8_t>(keys, "keys", {tiles, heads, bytes});
+    cache.values = data_of<int8_t>(values, "values", {tiles, heads, bytes});
+  } else if (format == KvFormat::bf16) {
     cache.keys = data_of<uint16_t>(keys, "keys", {tiles, heads, TILE * head_dim});
     cache.values = data_of<uint16_t>(values, "values", {tiles, heads, TILE * head_dim});
   } else {
@@ -212,12 +218,16 @@ std::vector<double> time_attention(const Kernels& kernels, Pool& pool, Step& ste
 }  // namespace
 
 void bind_attention(nb::module_& m) {
+  nb::enum_<KvFormat>(m, "KvFormat", "What the cache holds.")
+      .value("f32", KvFormat::f32)
+      .value("bf16", KvFormat::bf16)
+      .value("i8", KvFormat::i8);
   m.def("write_cache", &write_cache, nb::arg("kernels"), nb::arg("pool"), nb::arg("keys"), nb::arg("values"),
         nb::arg("block_size"), nb::arg("projected"), nb::arg("heads"), nb::arg("cos"), nb::arg("sin"),
         nb::arg("positions"), nb::arg("slots"), nb::arg("query_norm") = nb::none(),
         nb::arg("key_norm") = nb::none(), nb::arg("eps") = 1e-6f,
         "projected [tokens, (heads + 2 * kv_heads) * d]: queries and keys are normed and rotated in place, keys and "
-        "values stored in a layer's cache, uint16 (bfloat16) or float32 [tiles, kv_heads, 16 * d].");
+        "values stored in a layer's cache, uint16 (bfloat16) or float32 [tiles, kv_heads, 16 * d], or int8 with scales.");
   nb::class_<Step>(m, "AttentionStep", "The rows of a step.")
       .def(nb::init<const Input&, const Input&, const Input&>(), nb::arg("query_starts"), nb::arg("context_lens"),
            nb::arg("block_tables"))

@@ -37,14 +37,14 @@ void require_shape(const PackedWeight& weight, int n, int k, const char* what) {
 }
 
 ModelShape make_shape(int hidden_size, int num_heads, int num_kv_heads, int head_dim, int intermediate_size, float eps,
-                      int block_size, bool bf16_cache) {
+                      int block_size, KvFormat kv_format) {
   require(hidden_size >= 1 && num_heads >= 1 && num_kv_heads >= 1 && intermediate_size >= 1,
           "sizes must be at least 1");
   require(num_heads % num_kv_heads == 0, "num_kv_heads must divide num_heads");
   require(head_dim >= 2 && head_dim % 2 == 0 && head_dim <= MAX_HEAD_DIM, "head_dim must be even, 2 to 1024");
   require(block_size >= TILE && block_size % TILE == 0, "block_size must be a multiple of 16");
   require(intermediate_size % (PANEL / 2) == 0, "intermediate_size must be a multiple of 16");
-  return {hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, eps, block_size, bf16_cache};
+  return {hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, eps, block_size, kv_format};
 }
 
 class BoundPlan {
@@ -198,14 +198,14 @@ void bind_plan(nb::module_& m) {
       .def(
           "__init__",
           [](BoundPlan* self, nb::object kernels, nb::object pool, int hidden_size, int num_heads, int num_kv_heads,
-             int head_dim, int intermediate_size, float eps, int block_size, bool bf16_cache, Matrix<float> cos,
+             int head_dim, int intermediate_size, float eps, int block_size, KvFormat kv_format, Matrix<float> cos,
              Matrix<float> sin) {
             const ModelShape shape = make_shape(hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, eps,
-                                                block_size, bf16_cache);
+                                                block_size, kv_format);
             new (self) BoundPlan(kernels, pool, shape, cos, sin);
           },
           "kernels"_a, "pool"_a, nb::kw_only(), "hidden_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a,
-          "intermediate_size"_a, "eps"_a, "block_size"_a, "bf16_cache"_a, "cos"_a, "sin"_a)
+          "intermediate_size"_a, "eps"_a, "block_size"_a, "kv_format"_a, "cos"_a, "sin"_a)
       .def("add_layer", &BoundPlan::add_layer, nb::kw_only(), "input_norm"_a, "qkv"_a, "out"_a, "post_norm"_a,
            "gate_up"_a, "down"_a, "query_norm"_a = nb::none(), "key_norm"_a = nb::none())
       .def("set_head", &BoundPlan::set_head, "norm"_a, "head"_a)

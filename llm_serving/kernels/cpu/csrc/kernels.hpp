@@ -80,16 +80,27 @@ constexpr int TILE = 16;    // positions that stand together in the cache
 constexpr int PIECE = 256;  // positions whose attention is one partial result
 constexpr int MAX_HEAD_DIM = 1024;
 
+enum class KvFormat : int { f32 = 0, bf16 = 1, i8 = 2 };
+
 // The cache of one layer.  Positions stand in tiles of 16 (block_size is a multiple of 16; block b holds
 // tiles b * block_size / 16 ...).  Keys: [tile, kv head, d / 2, 16, 2] (bf16) or [tile, kv head, d, 16]
 // (float32): a vector holds one (pair of) dimension(s) of 16 positions.  Values: [tile, kv head, 8, d, 2]
-// (bf16, pairs of positions) or [tile, kv head, 16, d] (float32).  What was never written may be NaN.
+// (bf16, pairs of positions) or [tile, kv head, 16, d] (float32).  int8 lies as bf16 does, a byte a value, and
+// behind each tile and head (at a multiple of 64 bytes) stand 16 float scales, one a position: a value is its
+// byte times the scale.  What was never written may be NaN.
 struct Cache {
   void* keys;
   void* values;
   int block_size, kv_heads, head_dim;
-  bool bf16;
+  KvFormat format;
 };
+
+// Where the scales of a tile and head begin (int8), and bytes of both.
+constexpr size_t scales_offset(int head_dim) { return static_cast<size_t>(head_dim + 3) / 4 * 4 * TILE; }
+constexpr size_t tile_bytes(KvFormat format, int head_dim) {
+  if (format == KvFormat::i8) return scales_offset(head_dim) + TILE * sizeof(float);
+  return static_cast<size_t>(head_dim) * TILE * (format == KvFormat::bf16 ? 2 : 4);
+}
 
 // Rows of a step; see interface.AttentionRows.
 struct Rows {

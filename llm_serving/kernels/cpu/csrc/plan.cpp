@@ -235,7 +235,7 @@ Plan::Plan(const Kernels& kernels, Pool& pool, const ModelShape& shape, const fl
   for (int format = 0; format <= static_cast<int>(Format::q4_1); format++)
     activation_bytes_ =
         std::max(activation_bytes_, kernels.linear.activation_bytes(static_cast<Format>(format), widest));
-  const Cache cache{nullptr, nullptr, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.bf16_cache};
+  const Cache cache{nullptr, nullptr, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.kv_format};
   few_offset_ = aligned(static_cast<size_t>(widest) * sizeof(float));
   scratch_offset_ = few_offset_ + FEW_ROWS * activation_bytes_;
   own_bytes_ = aligned(scratch_offset_ + kernels.attention.scratch_bytes(cache, shape.num_heads));
@@ -292,7 +292,7 @@ void Plan::run_layers(float* hidden, int start, int stop) {
     Worker worker(*this, thread);
     for (int i = start; i < stop; i++) {
       const Cache cache{caches_[i].first,     caches_[i].second, shape_.block_size,
-                        shape_.num_kv_heads, shape_.head_dim,   shape_.bf16_cache};
+                        shape_.num_kv_heads, shape_.head_dim,   shape_.kv_format};
       worker.run_layer(hidden, layers_[i], cache, is_last(i) ? end_ : all_);
     }
   });

@@ -19,7 +19,7 @@ struct ModelShape {
   int hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
   float eps;
   int block_size;
-  bool bf16_cache;
+  KvFormat kv_format;
 };
 
 // Norms are float32; `gate_up` has gates and up-projections interleaved by half panels.

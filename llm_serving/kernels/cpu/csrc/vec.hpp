@@ -11,6 +11,8 @@
 //   to_float, to_int (nearest, ties to even)
 //   load_bf16, load_f16 -> F32; round_bf16(16 floats) -> 16 bf16 at an address; pack_i8 -> 16 bytes
 //   dot_bf16(acc, a, b)   acc + a[0] * b[0] + a[1] * b[1] in each lane
+//   load_i8_pairs(32 bytes) -> 32 words (16 bits), two a lane; pack_i16 -> 16 words
+//   dot_i16(acc, a, b)   acc + two products of words in each lane (mod 2^32)
 //   dot_u8s8(acc, u, s)   acc + four products of unsigned and signed bytes in each lane, exact (mod 2^32)
 //   select_less(a, b, x, y)   a < b ? x : y; any_equal(a, b): in some lane
 //   sum, largest, smallest (fixed tree), sum_i32; exp; silu_mul

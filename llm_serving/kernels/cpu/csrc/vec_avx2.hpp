@@ -136,6 +136,17 @@ LLM_INLINE void pack_i8(int8_t* p, I32 v) {  // saturates
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+LLM_INLINE I32 load_i8_pairs(const void* p) {
+  return {_mm256_cvtepi8_epi16(load_16_bytes(p)), _mm256_cvtepi8_epi16(load_16_bytes(static_cast<const char*>(p) + 16))};
+}
+LLM_INLINE void pack_i16(int16_t* p, I32 v) {  // saturates
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8));
+}
+LLM_INLINE I32 dot_i16(I32 acc, I32 a, I32 b) {
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
+          _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
+
 LLM_INLINE __m256 even_bf16(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 LLM_INLINE __m256 odd_bf16(__m256i v) {
   return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));

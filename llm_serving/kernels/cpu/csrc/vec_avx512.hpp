@@ -74,6 +74,16 @@ LLM_INLINE void pack_i8(int8_t* p, I32 v) {  // saturates
 LLM_INLINE F32 dot_bf16(F32 acc, I32 a, I32 b) {
   return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
 }
+LLM_INLINE I32 load_i8_pairs(const void* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
+LLM_INLINE void pack_i16(int16_t* p, I32 v) {  // saturates
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
+}
+LLM_INLINE I32 dot_i16(I32 acc, I32 a, I32 b) {  // GCC 12 moves the accumulators of the intrinsic about
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
 LLM_INLINE I32 dot_u8s8(I32 acc, I32 u, I32 s) { return _mm512_dpbusd_epi32(acc, u, s); }
 
 // The compiler must have the value in a register here, and knows nothing about it after.
