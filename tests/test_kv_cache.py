@@ -6,10 +6,12 @@ import pathlib
 import re
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from llm_serving.agent.kv_cache import KvCache, bytes_per_block, default_num_blocks
+from llm_serving.agent.kv_cache import BYTES_AHEAD, KvCache, bytes_per_block, default_num_blocks
 from llm_serving.agent.memory import available_memory, available_on_host
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig
@@ -103,6 +105,31 @@ def test_memory_is_not_touched_before_it_is_used() -> None:
     cache = KvCache(CONFIG, num_blocks, 16, torch.float32, CPU)
     cache.layers[0][0][1] = 1.0
     assert resident_bytes() - before < num_bytes // 16
+
+
+class Module:
+    """In place of the native one: how much of which arrays was asked for."""
+
+    def PagesAhead(self, arrays: npt.NDArray[np.uint8]) -> Module:
+        self.arrays, self.asked = arrays, list[int]()
+        return self
+
+    def reach(self, num_bytes: int) -> None:
+        self.asked.append(num_bytes)
+
+
+def test_pages_are_asked_for_before_a_slot_is_written_and_not_long_before() -> None:
+    cache = KvCache(CONFIG, 4096, 16, torch.bfloat16, CPU)
+    module = Module()
+    cache.reach(0)  # of no effect yet
+    cache.take_pages_ahead(module)
+    assert module.arrays.ctypes.data == cache.tensor.data_ptr()
+    assert module.arrays.shape == (6, cache.num_bytes // 6)
+    each = BYTES_AHEAD // 6
+    assert module.asked == [each]
+    for slot in (0, 777):
+        cache.reach(slot)
+        assert module.asked[-1] == (slot + 1) * 2 * 8 * 2 + each
 
 
 def resident_bytes() -> int:

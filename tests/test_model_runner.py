@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from llm_serving.agent.kv_cache import KvCache
 from llm_serving.agent.model_runner import ModelRunner, StepColumns
 from llm_serving.errors import ChannelError, ConfigError
 from llm_serving.generation import SAMPLING_DTYPE, SamplingParams
@@ -292,6 +293,16 @@ def test_a_warm_runner_gives_what_a_cold_one_gives_and_knows_no_last_step(
     with pytest.raises(ChannelError, match="step 1 needs the samples of step 0"):
         runner.execute(make_step(1, [Row([0], 1, [0], source=0)]), no_tick)
     assert_same(runner.execute(make_step(0, rows), no_tick), first)
+
+
+def test_a_step_says_how_far_it_writes_before_it_does(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, reached = load(twin.card), list[int]()
+    monkeypatch.setattr(KvCache, "reach", lambda _, slot: reached.append(slot))
+    rows = [Row([1, 2], 0, [3]), Row([5], 0, [1])]
+    runner.execute(make_step(0, rows), no_tick)
+    assert reached == [3 * BLOCK_SIZE + 1]
 
 
 def test_columns_do_not_change_when_the_next_step_runs(runner: ModelRunner) -> None:

@@ -3,14 +3,15 @@
 Layout: [layer, 2, block, offset, head, width], keys before values.  The width is the head's
 dimension; in int8, which the native kernels alone write and read, it has room for a float32 scale
 of each token and head (csrc/kernels.hpp says where that lies).  The memory is taken but not
-touched, so a page (of 2 MiB, where the kernel has such) costs nothing until a token is written to
-it; what was never written may hold anything, NaN included.
+touched, so a page (of 2 MiB, where the kernel has such) costs nothing until tokens come near it;
+what was never written may hold anything, NaN included.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ __all__ = ["KvCache", "bytes_per_block", "default_num_blocks"]
 
 MAX_BYTES_ON_CPU = 4 << 30
 SHARE_OF_MEMORY = 4  # a quarter
+BYTES_AHEAD = 64 << 20  # of pages that are taken before they are needed, where something can
 _HUGE = 2 << 20  # bytes of a huge page
 _SCALE_BYTES = 4
 
@@ -82,11 +84,28 @@ class KvCache:
             ) from exc
         slots = self.tensor.view(config.num_hidden_layers, 2, -1, heads, width)
         self.layers = [(layer[0], layer[1]) for layer in slots.unbind(0)]
+        self._pages: Any = None
 
     @property
     def num_tokens(self) -> int:
         """What the whole pool holds; a request that needs more can never be served."""
         return self.num_blocks * self.block_size
+
+    def take_pages_ahead(self, module: Any) -> None:
+        """Let a thread of the native `module` take pages before `reach` says that they are needed.
+
+        Blocks that never held anything are used in their order, so it is known which come next.
+        """
+        arrays = self.tensor.view(torch.uint8).view(2 * len(self.layers), -1)
+        self._pages = module.PagesAhead(arrays.numpy())
+        self.reach(-1)
+
+    def reach(self, slot: int) -> None:
+        """Up to this slot, keys and values are about to be written."""
+        if self._pages is not None:
+            count = 2 * len(self.layers)
+            each = self.num_bytes // self.num_tokens // count
+            self._pages.reach((slot + 1) * each + BYTES_AHEAD // count)
 
 
 def _huge_pages(num_bytes: int) -> torch.Tensor:

@@ -109,6 +109,7 @@ class ModelRunner:
         self._limits = StepLimits(
             self.vocab_size, max_model_len, cache.num_blocks, cache.block_size
         )
+        self._cache = cache
         self._no_logits = np.empty((0, self.vocab_size), np.float32)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -170,6 +171,8 @@ class ModelRunner:
         runner.warm_up()
         phase("time the bare model")
         runner.time_bare_steps()
+        if isinstance(kernels, NativeKernels):
+            cache.take_pages_ahead(kernels.module)
         return runner
 
     def bind_thread(self) -> None:
@@ -211,6 +214,7 @@ class ModelRunner:
         that finished here.
         """
         check_step(inputs, self._limits)
+        self._cache.reach(int(inputs.slots.max(initial=-1)))
         ids = self._input_ids(inputs)
         with torch.inference_mode():
             step = self._begin(inputs)

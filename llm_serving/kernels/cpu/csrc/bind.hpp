@@ -10,6 +10,7 @@ namespace llm {
 
 void bind_instruction_sets(nanobind::module_&);
 void bind_pool(nanobind::module_&);
+void bind_pages(nanobind::module_&);
 void bind_limits(nanobind::module_&);
 void bind_pack(nanobind::module_&);
 void bind_linear(nanobind::module_&);

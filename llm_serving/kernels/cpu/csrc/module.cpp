@@ -35,6 +35,7 @@ NB_MODULE(_native, m) {
   m.doc() = "CPU kernels; see csrc/kernels.hpp for layouts and orders of arithmetic.";
   llm::bind_instruction_sets(m);
   llm::bind_pool(m);
+  llm::bind_pages(m);
   llm::bind_limits(m);
   llm::bind_pack(m);
   llm::bind_linear(m);
