@@ -58,10 +58,10 @@ def serve_until_stopped(config: ServingConfig) -> int:
         try:
             try:
                 with unwind_on_sigterm():
-                    card = prepared_card(config, report)
+                    card, why_not_native = prepared_card(config, report)
             except (SystemExit, KeyboardInterrupt):
                 return 0
-            house = Deployment(config, card, listener, report)
+            house = Deployment(config, card, listener, report, why_not_native)
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 return runner.run(house.run())
         finally:
@@ -82,11 +82,14 @@ class Deployment:
         card: ModelCard,
         listener: socket.socket,
         report: StartReport,
+        why_not_native: str,
     ) -> None:
+        """`why_not_native`: why the native kernels do not run; empty if they do."""
         self._config = config
         self._card = card
         self._listener = listener
         self._report = report
+        self._why_not_native = why_not_native
         self._max_model_len = context_length(card.config, config.model.max_model_len)
 
     async def run(self) -> int:
@@ -206,7 +209,8 @@ class Deployment:
 
     def _about(self, ready: Ready) -> dict[str, object]:
         context = self._server_limits(ready).context
-        return fixed_facts(self._config, self._card, ready, self._max_model_len, context)
+        lengths = (self._max_model_len, context)
+        return fixed_facts(self._config, self._card, ready, lengths, self._why_not_native)
 
     def _server_limits(self, ready: Ready) -> ServerLimits:
         return ServerLimits(
