@@ -31,8 +31,9 @@ from llm_serving.commands.stopping import stop_event, unless
 from llm_serving.commands.unwinding import unwind_on_sigterm
 from llm_serving.config import ServingConfig
 from llm_serving.errors import ServingError
-from llm_serving.master.async_master import AsyncMaster, MasterStats
+from llm_serving.master.async_master import AsyncMaster
 from llm_serving.master.block_pool import BlockPool, prefix_salt
+from llm_serving.master.master_stats import MasterStats
 from llm_serving.master.scheduler import Limits, Scheduler
 from llm_serving.metrics import Metrics, StepMetrics
 from llm_serving.model_card import ModelCard
