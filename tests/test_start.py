@@ -251,8 +251,11 @@ def test_every_command_explains_itself(words: list[str], code: int, says: str) -
 
 
 def test_the_front_end_loads_no_torch(tmp_path: pathlib.Path) -> None:
-    code = "import sys, llm_serving.commands.serve; print([m for m in sys.modules if m in "
-    done = run(sys.executable, "-c", code + "('torch', 'transformers', 'gguf')])")
+    code = "import sys, llm_serving.commands.{}; print([m for m in sys.modules if m in "
+    code += "('torch', 'transformers', 'gguf', 'fastapi')])"
+    done = run(sys.executable, "-c", code.format("front_end"))
+    assert done.stdout.strip() == "['fastapi']", done.stderr
+    done = run(sys.executable, "-c", code.format("serve"))  # the agents start before it is there
     assert done.stdout.strip() == "[]", done.stderr
 
 
