@@ -259,6 +259,13 @@ def test_the_front_end_loads_no_torch(tmp_path: pathlib.Path) -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_a_process_of_ours_counts_what_it_imported_as_staying() -> None:
+    code = "import gc, sys; from llm_serving.cli import main; sys.argv[1:] = ['stop', '-P', '3']; "
+    code += "main(); print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    done = run(sys.executable, "-c", code)
+    assert done.stdout.splitlines()[-1] == "True True", done.stderr
+
+
 def test_sigterm_during_the_start_ends_it_with_code_0(
     tmp_path: pathlib.Path, twin: pathlib.Path
 ) -> None:
