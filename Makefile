@@ -56,9 +56,10 @@ fix: install
 
 # A copy of the tree holds the module, so that the one in use stays.  Python itself is not sanitized: the
 # runtimes come first, and its own leaks are not looked at.  Without -S the editable install would bring the
-# module in use.
+# module in use.  What pip brings only while it builds the package has to be there to build beside it.
 SANITIZED := build/sanitize
 sanitize: install
+	$(PIP) install --quiet 'nanobind>=2.4' cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -DSANITIZE=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -DMODULE_DIRECTORY=$(CURDIR)/$(SANITIZED)/tree/llm_serving/kernels/cpu
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --parallel

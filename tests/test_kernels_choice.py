@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 from collections.abc import Mapping
 
+import msgspec
 import pytest
 
+from llm_serving.cli import main
 from llm_serving.commands.kernels_choice import packed_weights
 from llm_serving.config import load_config
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu import native as module
 from llm_serving.kernels.cpu.backend import NativeKernels
 from llm_serving.kernels.cpu.native import INSTRUCTION_SET, native, why_not
+from llm_serving.prepare.packing_choice import why_misfit
+from llm_serving.prepare.prepare import prepare
+from llm_serving.prepare.progress import Quiet
 from tests.native_kernels import needs_native
+from tests.tiny_gguf import CONFIG, from_hf, metadata, random_tensors, write_gguf
+from tests.tiny_models import save_misfit
 
 CPU = {"agent.device": "cpu"}
 
@@ -82,3 +90,84 @@ def test_an_instruction_set_is_not_ignored_where_the_configuration_excludes_it(
     sentence = f"{INSTRUCTION_SET}: expected one of {there} here, found 'sse'"
     refused({"agent.kernels": "reference"}, sentence)
     refused(half, sentence)
+
+
+# ---- models that do not fit ----
+
+ALL_THE_SAME = "with kernels auto and weights auto it is served all the same"
+PROBLEM = "its intermediate_size is 40, not a multiple of 16"
+
+
+@pytest.fixture(params=["folder", "gguf"])
+def misfit(
+    request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A model that the native kernels cannot run, in either form."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if request.param == "folder":
+        return str(save_misfit(tmp_path / "misfit"))
+    config = msgspec.structs.replace(CONFIG, intermediate_size=40)
+    tensors = from_hf(random_tensors(config), config)
+    return str(write_gguf(tmp_path / "misfit.gguf", tensors, metadata(config)))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        (["--kernels", "native"], "kernels native"),
+        (["--weights", "int8"], "weights int8"),
+        (["--weights", "native"], "weights native"),
+        (["--weights", "float32", "--kernels", "native"], "weights float32"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_to_who_insists(
+    misfit: str, flags: list[str], asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = f"{asked}: the native kernels cannot run this model: {PROBLEM}; {ALL_THE_SAME}"
+    for _ in ("new", "after it was prepared for the reference"):
+        assert main(["prepare", misfit, *flags]) == 1
+        told = " ".join(capsys.readouterr().err.split())
+        assert sentence in told
+        assert "Traceback" not in told
+        assert main(["prepare", misfit]) == 0
+        capsys.readouterr()
+
+
+@needs_native
+def test_a_model_that_does_not_fit_is_prepared_for_the_reference(misfit: str) -> None:
+    class Listening(Quiet):
+        told = ""
+
+        def say(self, sentence: str) -> None:
+            self.told += sentence
+
+    progress = Listening()
+    assert prepare(misfit, "auto", progress, "auto").packed is None
+    assert progress.told == (
+        f"the native kernels cannot run this model: {PROBLEM}; it runs on reference"
+    )
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes", "problem"),
+    [
+        ("auto", {}, ""),
+        ("auto", {"head_dim": 1024}, ""),
+        ("auto", {"head_dim": 1026}, "its head_dim is 1026, more than 1024"),
+        ("auto", {"intermediate_size": 65536 + 16}, ""),
+        ("int8", {"intermediate_size": 65536}, ""),
+        (
+            "int8",
+            {"intermediate_size": 65536 + 16},
+            "its intermediate_size is 65552, more than 65536",
+        ),
+        (
+            "int8",
+            {"num_attention_heads": 80, "head_dim": 1024},
+            "its num_attention_heads * head_dim is 81920, more than 65536",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(weights: str, sizes: dict[str, int], problem: str) -> None:
+    assert why_misfit(msgspec.structs.replace(CONFIG, **sizes), weights) == problem

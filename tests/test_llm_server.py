@@ -20,7 +20,7 @@ from llm_serving.errors import (
     Unavailable,
 )
 from llm_serving.generation import FinishReason, SamplingParams, TokenOutput
-from llm_serving.master.async_master import MasterStats
+from llm_serving.master.master_stats import MasterStats
 from llm_serving.master.request import Request
 from llm_serving.master.scheduler import Limits
 from llm_serving.metrics import Metrics

@@ -23,6 +23,7 @@ from llm_serving.kernels.cpu.native import INSTRUCTION_SET
 from llm_serving.precision.manifest import read_manifest
 from tests.native_kernels import needs_native
 from tests.serving import RunningServer, wait_until
+from tests.tiny_models import save_misfit
 from tests.trained_sentencepiece import train
 
 HOUSE = pathlib.Path(__file__).parents[1]
@@ -73,6 +74,7 @@ def test_the_7b_configurations_serve_a_twin(
     server = RunningServer(tmp_path / "log", *flags, env=cache).wait_ready()
     try:
         info = json.loads(server.get("/info"))
+        assert (info["why_not_native"] is None) == (info["kernels"]["linear"] != "reference")
         assert info["max_model_len"] == (512 if "512" in config.name else 4096)
         answer = server.generate("hello world", max_new_tokens=4, ignore_eos=True)
         assert answer["prompt_tokens"] == 1 + len(answer["details"]["prefill"]) + 2
@@ -88,6 +90,8 @@ def test_without_native_kernels_the_start_says_why_and_the_reference_serves(
     try:
         assert f"\nkernels    reference: {INSTRUCTION_SET} is none\n" in f"\n{server.output}"
         assert re.search(r"^agent .* threads, reference$", server.output, re.M)
+        why = json.loads(server.get("/info"))["why_not_native"]
+        assert why == f"{INSTRUCTION_SET} is none"
         assert server.generate("hello world", max_new_tokens=4)["generated_text"]
     finally:
         assert server.stop() == 0
@@ -120,6 +124,42 @@ def test_an_int8_cache_is_told_serves_and_is_named_in_the_dump(
     sentence = "kv_cache.dtype: int8 needs the native kernels, but agent.kernels is reference"
     assert sentence in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@needs_native
+def test_a_model_that_the_native_kernels_cannot_run_is_served_by_the_reference_unless_refused(
+    tmp_path: pathlib.Path,
+) -> None:
+    model = str(save_misfit(tmp_path / "misfit"))
+    cache = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    problem = "its intermediate_size is 40, not a multiple of 16"
+    insisting = (("--kernels", "native"), ("--weights", "int8"))
+
+    def refused() -> None:
+        for flags in insisting:
+            done = serve("--model", model, *flags, "--port", "0", **cache)
+            assert done.returncode == 1
+            told = " ".join(done.stderr.split())
+            asked = " ".join(flags).removeprefix("--")
+            assert f"model.path: {asked.replace(' --', ' ')}: the native kernels" in told
+            assert f"{problem}; with kernels auto and weights auto it is served" in told
+            assert "Traceback" not in told
+
+    refused()
+    server = RunningServer(tmp_path / "log", "--model", model, env=cache).wait_ready()
+    try:
+        reason = f"kernels    reference: native cannot run this model: {problem}"
+        assert reason in server.output.splitlines()
+        info = json.loads(server.get("/info"))
+        assert set(info["kernels"].values()) == {"reference"}
+        assert info["why_not_native"] == problem
+    finally:
+        assert server.stop() == 0
+    refused()  # now that the preparation of `auto` is there
+    done = serve("--model", model, "--kv-dtype", "int8", "--port", "0", **cache)
+    assert done.returncode == 1
+    wanted = f"int8 needs the native kernels, which cannot run this model: {problem}"
+    assert wanted in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("config", LLAMA, ids=lambda path: path.stem)
@@ -240,9 +280,19 @@ def test_every_command_explains_itself(words: list[str], code: int, says: str) -
 
 
 def test_the_front_end_loads_no_torch(tmp_path: pathlib.Path) -> None:
-    code = "import sys, llm_serving.commands.serve; print([m for m in sys.modules if m in "
-    done = run(sys.executable, "-c", code + "('torch', 'transformers', 'gguf')])")
+    code = "import sys, llm_serving.commands.{}; print([m for m in sys.modules if m in "
+    code += "('torch', 'transformers', 'gguf', 'fastapi')])"
+    done = run(sys.executable, "-c", code.format("front_end"))
+    assert done.stdout.strip() == "['fastapi']", done.stderr
+    done = run(sys.executable, "-c", code.format("serve"))  # the agents start before it is there
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_process_of_ours_counts_what_it_imported_as_staying() -> None:
+    code = "import gc, sys; from llm_serving.cli import main; sys.argv[1:] = ['stop', '-P', '3']; "
+    code += "main(); print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    done = run(sys.executable, "-c", code)
+    assert done.stdout.splitlines()[-1] == "True True", done.stderr
 
 
 def test_sigterm_during_the_start_ends_it_with_code_0(

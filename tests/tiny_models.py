@@ -23,6 +23,7 @@ from llm_serving.models.checkpoint import load_weights
 from llm_serving.models.layers import LinearFactory, PlainLinears
 from llm_serving.models.llama import LlamaModel
 from llm_serving.models.rope import rotary_table
+from tests.tiny_tokenizer import tiny_tokenizer_path
 
 VOCAB_SIZE = 97
 CONTEXT = 128
@@ -87,6 +88,13 @@ def build_twin(
             weight.normal_(around, 0.15)
     model.save_pretrained(folder, max_shard_size=shard_size)
     return Twin(model, make_card(folder, model_config(family, config), dtype))
+
+
+def save_misfit(folder: pathlib.Path) -> pathlib.Path:
+    """A model that the native kernels cannot run, with its tokenizer, as a checkpoint's folder."""
+    build_twin(folder, intermediate_size=40)
+    tiny_tokenizer_path(folder)
+    return folder
 
 
 def make_card(folder: pathlib.Path, config: ModelConfig, dtype: Dtype = "float32") -> ModelCard:

@@ -27,7 +27,7 @@ ROWS = (1, 8, 32)
 CHUNK = 32  # prompt tokens: about what fits beside decode rows on a CPU
 FAR, NEAR = 2048, 256  # where attention over the context shows, and where it is lost in the noise
 TELLING = 2.0  # a chunk takes so many times what a row takes, or a longer one is timed
-ROUNDS = 4  # the first is to get warm
+ROUNDS = 3  # the first is to get warm
 BUDGET_S = 0.8  # nothing but a first decode row and a first chunk is begun after that
 
 

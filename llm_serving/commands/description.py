@@ -17,9 +17,18 @@ __all__ = ["fixed_facts", "moving_facts"]
 
 
 def fixed_facts(
-    config: ServingConfig, card: ModelCard, ready: Ready, max_model_len: int, context: int
+    config: ServingConfig,
+    card: ModelCard,
+    ready: Ready,
+    lengths: tuple[int, int],
+    why_not_native: str,
 ) -> dict[str, object]:
-    """What stays as it was at the start; `context` is what one request may use of it."""
+    """What stays as it was at the start.
+
+    `lengths`: the context in tokens that is served, and what one request may use of it.
+    `why_not_native`: why the native kernels do not run; empty if they do.
+    """
+    max_model_len, context = lengths
     dump_dir = config.precision.dump_dir
     return {
         "model_id": card.name,
@@ -32,6 +41,7 @@ def fixed_facts(
         "model_device_type": ready.device,
         "num_threads": ready.num_threads,
         "kernels": ready.kernels,
+        "why_not_native": why_not_native or None,
         "max_model_len": max_model_len,
         "max_total_tokens": context,
         "num_kv_blocks": ready.num_blocks,

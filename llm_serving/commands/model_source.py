@@ -14,18 +14,22 @@ import msgspec
 from llm_serving.commands.kernels_choice import packed_weights
 from llm_serving.commands.program import program
 from llm_serving.commands.start_report import StartReport
-from llm_serving.config import ModelSection, ServingConfig
+from llm_serving.config import ServingConfig
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelCard, ModelConfig
 from llm_serving.prepare.cache import find_prepared
+from llm_serving.prepare.packing_choice import misfit_error, why_misfit
 
 __all__ = ["context_length", "prepared_card"]
 
 _UNWIND_S = 10.0
 
 
-def prepared_card(config: ServingConfig, report: StartReport) -> ModelCard:
-    """Raises ConfigError with the reason of the preparation, which it prints as it goes on."""
+def prepared_card(config: ServingConfig, report: StartReport) -> tuple[ModelCard, str]:
+    """(card, why the native kernels do not run: empty if they do).
+
+    Raises ConfigError with the reason of the preparation, which it prints as it goes on.
+    """
     model = config.model
     weights, reason = packed_weights(config)
     if reason:
@@ -34,9 +38,19 @@ def prepared_card(config: ServingConfig, report: StartReport) -> ModelCard:
         card = find_prepared(model.path, model.dtype, weights)
     if card is None:
         with report.phase("prepare the model"):
-            card = _prepare(model, weights)
+            card = _prepare(config, weights)
+    if weights is not None and card.packed is None:
+        reason = why_misfit(card.config, weights)
+        if config.agent.kernels == "native":  # it had been prepared before that was asked for
+            raise ConfigError(f"model.path: {misfit_error(reason, weights)}")
+        if config.kv_cache.dtype != "auto":
+            raise ConfigError(
+                f"kv_cache.dtype: {config.kv_cache.dtype} needs the native kernels, which cannot"
+                f" run this model: {reason}"
+            )
+        report.event(f"kernels    reference: native cannot run this model: {reason}")
     report.model(card, config.kv_cache.dtype)
-    return card
+    return card, reason
 
 
 def context_length(config: ModelConfig, asked: int | None) -> int:
@@ -60,9 +74,11 @@ def context_length(config: ModelConfig, asked: int | None) -> int:
     return asked
 
 
-def _prepare(model: ModelSection, weights: str | None) -> ModelCard:
+def _prepare(config: ServingConfig, weights: str | None) -> ModelCard:
+    model = config.model
     flags = ["--dtype", model.dtype, "--json", "--parent", str(os.getpid())]
-    flags += ["--kernels", "reference"] if weights is None else ["--weights", weights]
+    flags += ["--kernels", "reference" if weights is None else config.agent.kernels]
+    flags += [] if weights is None else ["--weights", weights]
     child = subprocess.Popen([*program(), "prepare", model.path, *flags], stdout=subprocess.PIPE)
     try:
         output, _ = child.communicate()

@@ -61,7 +61,9 @@ def prepare(
         end_with_parent(signal.SIGTERM, parent)
     try:
         with ConsoleProgress() as progress:
-            card = convert(model, dtype, progress, packed_as_served(dtype, weights, kernels))
+            packed_as = packed_as_served(dtype, weights, kernels)
+            needs_native = kernels == "native"
+            card = convert(model, dtype, progress, packed_as, needs_native=needs_native)
     except ConfigError as exc:
         if not json:
             raise

@@ -62,7 +62,7 @@ def verify_determinism(
     settings = load_config(
         config, {key: value for key, value in given.items() if value is not None}
     )
-    card = prepared_card(settings, StartReport())
+    card, _ = prepared_card(settings, StartReport())
     num_threads = threads or num_processors(pathlib.Path("/proc"), pathlib.Path("/sys/fs/cgroup"))
     longest = min(
         LONGEST_PROMPT + new_tokens,

@@ -10,18 +10,17 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu.native import native
 from llm_serving.kernels.cpu.packed_file import PackedWriter
-from llm_serving.model_card import Dtype, ModelConfig, Weights
+from llm_serving.model_card import ModelConfig, Weights
 from llm_serving.prepare.progress import Progress
 
-__all__ = ["PACKED", "Packing", "RowSource", "choose_packing", "pack_model"]
+__all__ = ["PACKED", "RowSource", "pack_model"]
 
 PACKED = "model.packed"
 
@@ -75,50 +74,6 @@ class _Linear:
             for start in range(0, rows, _HALF)
             for name in (gate, up)
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    weights: Weights
-    dtype: Dtype  # of the KV cache
-
-
-def choose_packing(
-    weights: str | None, dtype: str, kind: str, config: ModelConfig, progress: Progress
-) -> Packing | None:
-    """How to pack a model whose file has numbers of `kind`; None: it is not for the native kernels.
-
-    `dtype` float32 alone means float32 throughout; otherwise the file's own weights are kept.
-    Raises ConfigError for what was asked for and cannot be.
-    """
-    if weights is None:
-        return None
-    if problem := _misfit(config):
-        if weights != "auto":
-            raise ConfigError(
-                f"weights {weights}: the native kernels cannot run this model, {problem}"
-            )
-        progress.say(f"the native kernels cannot run this model, {problem}; it runs on reference")
-        return None
-    is_plain = kind.lower() in ("f32", "f16", "bf16", "float32", "float16", "bfloat16")
-    is_float32 = kind.lower() in ("f32", "float32")
-    cache: Dtype = (
-        "float32" if dtype == "float32" or (dtype == "auto" and is_float32) else "bfloat16"
-    )
-    for known in get_args(Weights):
-        if weights == known:
-            return Packing(known, cache)
-    if cache == "float32":
-        return Packing("float32", cache)
-    return Packing("bfloat16" if is_plain else "native", cache)
-
-
-def _misfit(config: ModelConfig) -> str:
-    if config.head_dim > 1024:
-        return f"its head_dim is {config.head_dim}, at most 1024"
-    if config.intermediate_size % 16:
-        return f"its intermediate_size is {config.intermediate_size}, not a multiple of 16"
-    return ""
 
 
 def pack_model(

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import pathlib
 import shutil
+from collections.abc import Callable
 
 from llm_serving.errors import ConfigError
-from llm_serving.model_card import CARD_VERSION, Dtype, ModelCard
+from llm_serving.model_card import CARD_VERSION, Dtype, ModelCard, ModelConfig
 from llm_serving.prepare.cache import load, prepared_key, store
 from llm_serving.prepare.catalog import CATALOG
 from llm_serving.prepare.download import pull
@@ -24,18 +25,34 @@ from llm_serving.prepare.hf_folder import read_hf_folder
 from llm_serving.prepare.hf_rows import HfRows
 from llm_serving.prepare.hf_tokenizer import build_hf_tokenizer, read_chat_template
 from llm_serving.prepare.hub import download_snapshot
-from llm_serving.prepare.packing import PACKED, choose_packing, pack_model
+from llm_serving.prepare.packing import PACKED, pack_model
+from llm_serving.prepare.packing_choice import (
+    Packing,
+    choose_packing,
+    misfit_error,
+    why_misfit,
+)
 from llm_serving.prepare.progress import Progress
 from llm_serving.prepare.sources import Source, find_source, is_hub_id
 
 __all__ = ["prepare"]
 
+Choose = Callable[[str, ModelConfig], Packing | None]  # what the file's numbers are, and the model
 
-def prepare(model: str, dtype: str, progress: Progress, weights: str | None = None) -> ModelCard:
+
+def prepare(
+    model: str,
+    dtype: str,
+    progress: Progress,
+    weights: str | None = None,
+    *,
+    needs_native: bool = False,
+) -> ModelCard:
     """The card of `model`, converted into the cache if it is not there yet.
 
     `weights`: how the native kernels shall find them (auto, float32, bfloat16, int8 or native), if
-    the model is one that they can run; None: it is for the reference kernels.
+    the model is one that they can run; None: it is for the reference kernels.  `needs_native`: one
+    that they cannot run is refused.
 
     Raises ConfigError, in one sentence, for whatever keeps the model from being served.
     """
@@ -45,12 +62,17 @@ def prepare(model: str, dtype: str, progress: Progress, weights: str | None = No
     key = prepared_key(source, dtype, weights)
     card = load(key)
     if card is not None:
+        if needs_native and card.packed is None:
+            raise misfit_error(why_misfit(card.config, weights or "auto"), weights or "auto")
         progress.say(f"{source.name} is prepared already")
         return card
 
+    def choose(kind: str, config: ModelConfig) -> Packing | None:
+        return choose_packing(weights, dtype, needs_native, kind, config, progress)
+
     def build(partial: pathlib.Path, final: pathlib.Path) -> ModelCard:
         make = _prepare_gguf if source.is_gguf else _prepare_folder
-        made = make(source, dtype, weights, partial, final, progress)
+        made = make(source, dtype, choose, partial, final, progress)
         if prepared_key(source, dtype, weights) != key:
             raise ConfigError(f"{source.path} changed while it was read; try again")
         return made
@@ -76,7 +98,7 @@ def _fetch(model: str, progress: Progress) -> Source:
 def _prepare_gguf(
     source: Source,
     dtype: str,
-    weights: str | None,
+    choose: Choose,
     partial: pathlib.Path,
     final: pathlib.Path,
     progress: Progress,
@@ -99,7 +121,7 @@ def _prepare_gguf(
             f"{config.vocab_size} rows"
         )
     tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
-    packing = choose_packing(weights, dtype, kind, config, progress)
+    packing = choose(kind, config)
     if packing is not None:
         target = packing.dtype
         progress.phase(f"pack the weights, {kind}, as {packing.weights}")
@@ -154,7 +176,7 @@ def _check_room(folder: pathlib.Path, needed: int) -> None:
 def _prepare_folder(
     source: Source,
     dtype: str,
-    weights: str | None,
+    choose: Choose,
     partial: pathlib.Path,
     final: pathlib.Path,
     progress: Progress,
@@ -170,7 +192,7 @@ def _prepare_folder(
     build_hf_tokenizer(source.path).save(str(partial / "tokenizer.json"), pretty=False)
     tokenizer_digest = hashlib.sha256((partial / "tokenizer.json").read_bytes()).hexdigest()
     automatic = found.stated_dtype or found.weights_dtype
-    packing = choose_packing(weights, dtype, found.weights_dtype, found.config, progress)
+    packing = choose(found.weights_dtype, found.config)
     if packing is not None:
         progress.phase(f"pack the weights, {found.weights_dtype}, as {packing.weights}")
         pack_model(HfRows(found.weights), found.config, packing.weights, partial / PACKED, progress)
