@@ -15,7 +15,7 @@ native = native_or_skip()
 
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE
 PAGE = mmap.PAGESIZE
-STEP = 64 << 10  # bytes of an array that are taken at once
+STEP = 1 << 20  # bytes of an array that are taken at once
 PATIENCE_S = 60.0  # this much only where it never comes
 
 
@@ -70,6 +70,20 @@ def test_the_beginnings_of_all_arrays_are_taken_in_whole_steps_and_nothing_else(
         assert arrays.wait_for(3 * len(expected)) == [expected] * 3
     del pages
     assert arrays.wait_for(0) == [expected] * 3
+
+
+@needs_populate
+def test_nothing_is_taken_while_there_is_work() -> None:
+    arrays = Arrays(2, 8 * STEP)
+    pages = native.PagesAhead(arrays.bytes)
+    until_s = time.monotonic() + 0.2
+    longest_s, last_s = 0.0, time.monotonic()
+    while (now_s := time.monotonic()) < until_s:
+        longest_s, last_s = max(longest_s, now_s - last_s), now_s
+        pages.reach(8 * STEP)
+    found = arrays.are_there()
+    assert found == [[], []] or longest_s > 0.01  # who was kept from telling so was not at work
+    assert arrays.wait_for(16 * STEP // PAGE) == [list(range(8 * STEP // PAGE))] * 2
 
 
 @needs_populate

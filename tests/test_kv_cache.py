@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from llm_serving.agent.kv_cache import BYTES_AHEAD, KvCache, bytes_per_block, default_num_blocks
+from llm_serving.agent.kv_cache import BYTES_AHEAD, BYTES_AT_FIRST, KvCache, bytes_per_block, default_num_blocks
 from llm_serving.agent.memory import available_memory, available_on_host
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig
@@ -125,11 +125,11 @@ def test_pages_are_asked_for_before_a_slot_is_written_and_not_long_before() -> N
     cache.take_pages_ahead(module)
     assert module.arrays.ctypes.data == cache.tensor.data_ptr()
     assert module.arrays.shape == (6, cache.num_bytes // 6)
-    each = BYTES_AHEAD // 6
-    assert module.asked == [each]
-    for slot in (0, 777):
+    at_first, ahead = BYTES_AT_FIRST // 6, BYTES_AHEAD // 6
+    assert module.asked == [at_first]
+    for slot in (0, 777, 1 << 21):
         cache.reach(slot)
-        assert module.asked[-1] == (slot + 1) * 2 * 8 * 2 + each
+        assert module.asked[-1] == max((slot + 1) * 2 * 8 * 2 + ahead, at_first)
 
 
 def resident_bytes() -> int:

@@ -22,7 +22,8 @@ __all__ = ["KvCache", "bytes_per_block", "default_num_blocks"]
 
 MAX_BYTES_ON_CPU = 4 << 30
 SHARE_OF_MEMORY = 4  # a quarter
-BYTES_AHEAD = 64 << 20  # of pages that are taken before they are needed, where something can
+BYTES_AT_FIRST = 384 << 20  # of pages that are taken before anything comes, where something can
+BYTES_AHEAD = 64 << 20  # that are taken beyond what was written to
 _HUGE = 2 << 20  # bytes of a huge page
 _SCALE_BYTES = 4
 
@@ -92,7 +93,7 @@ class KvCache:
         return self.num_blocks * self.block_size
 
     def take_pages_ahead(self, module: Any) -> None:
-        """Let a thread of the native `module` take pages before `reach` says that they are needed.
+        """Let a thread of the native `module` take pages before they are needed, between steps.
 
         Blocks that never held anything are used in their order, so it is known which come next.
         """
@@ -101,11 +102,12 @@ class KvCache:
         self.reach(-1)
 
     def reach(self, slot: int) -> None:
-        """Up to this slot, keys and values are about to be written."""
+        """A step is about to write keys and values up to this slot."""
         if self._pages is not None:
             count = 2 * len(self.layers)
             each = self.num_bytes // self.num_tokens // count
-            self._pages.reach((slot + 1) * each + BYTES_AHEAD // count)
+            ahead = (slot + 1) * each + BYTES_AHEAD // count
+            self._pages.reach(max(ahead, BYTES_AT_FIRST // count))
 
 
 def _huge_pages(num_bytes: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ void bind_pages(nb::module_& m) {
           nb::arg("arrays").noconvert(), nb::keep_alive<1, 2>(),
           "`arrays` [count, bytes]: all are written to from their beginnings on, at the same rate.")
       .def("reach", &PagesAhead::reach, nb::arg("bytes"),
-           "The first `bytes` of each array will be written to: take their pages, soon, in the thread.");
+           "There is work to do; once there has been none for 20 ms, take the pages of the first `bytes` of each array.");
 }
 
 }  // namespace llm

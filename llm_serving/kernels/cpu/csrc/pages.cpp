@@ -1,17 +1,17 @@
 #include "pages.hpp"
 
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 
 namespace llm {
 namespace {
 
 constexpr int POPULATE_WRITE = 23;  // MADV_POPULATE_WRITE, which older headers lack
-constexpr size_t STEP = 64 << 10;   // bytes of each array in turn, since they are written to side by side
-constexpr size_t END = SIZE_MAX;
+constexpr size_t PIECE = 1 << 20;   // bytes of an array that are taken at once
+constexpr auto REST = std::chrono::milliseconds(20);
 
 }  // namespace
 
@@ -19,42 +19,42 @@ PagesAhead::PagesAhead(uint8_t* data, int count, size_t size)
     : data_(data), count_(count), size_(size), thread_([this] { work(); }) {}
 
 PagesAhead::~PagesAhead() {
-  wanted_.store(END);
+  is_ending_.store(true);
+  wanted_.store(SIZE_MAX);
   wanted_.notify_one();
   thread_.join();
 }
 
 void PagesAhead::reach(size_t bytes) {
-  const size_t steps = (std::min(bytes, size_) + STEP - 1) / STEP;
-  const size_t wanted = std::min(steps * STEP, size_);
+  calls_.fetch_add(1, std::memory_order_relaxed);
+  const size_t wanted = (std::min(bytes, size_) + PIECE - 1) / PIECE * count_;
   if (wanted <= wanted_.load()) return;
   wanted_.store(wanted);
   wanted_.notify_one();
 }
 
 void PagesAhead::work() {
-  setpriority(PRIO_PROCESS, 0, 19);  // of this thread alone: those who compute come first
-  for (size_t done = 0; done < size_;) {
+  const size_t all = (size_ + PIECE - 1) / PIECE * count_;
+  for (size_t done = 0; done < all;) {
     const size_t wanted = wanted_.load();
-    if (wanted == END) return;
     if (wanted <= done) {
       wanted_.wait(wanted);
       continue;
     }
-    const size_t end = std::min(done + STEP, size_);
-    if (!take(done, end)) return;
-    done = end;
+    const uint32_t calls = calls_.load();
+    std::this_thread::sleep_for(REST);
+    while (done < std::min(wanted, all) && calls == calls_.load() && !is_ending_.load())
+      if (!take(done++)) return;
+    if (is_ending_.load()) return;
   }
 }
 
-bool PagesAhead::take(size_t begin, size_t end) const {
+bool PagesAhead::take(size_t piece) const {
   const uintptr_t page = sysconf(_SC_PAGESIZE);
-  for (int i = 0; i < count_ && wanted_.load() != END; i++) {
-    const uintptr_t array = reinterpret_cast<uintptr_t>(data_) + i * size_;
-    const uintptr_t first = (array + begin) / page * page;
-    if (madvise(reinterpret_cast<void*>(first), array + end - first, POPULATE_WRITE) != 0) return false;
-  }
-  return true;
+  const size_t begin = piece / count_ * PIECE, end = std::min(begin + PIECE, size_);
+  const uintptr_t array = reinterpret_cast<uintptr_t>(data_) + piece % count_ * size_;
+  const uintptr_t first = (array + begin) / page * page;
+  return madvise(reinterpret_cast<void*>(first), array + end - first, POPULATE_WRITE) == 0;
 }
 
 }  // namespace llm

@@ -1,4 +1,4 @@
-// Takes pages from the system before somebody writes to them, in a thread of its own.
+// Takes pages from the system before somebody writes to them, in a thread of its own, while nothing else is done.
 //
 // A page is cleared when it is first written to.  That takes 0.2 ms for 2 MiB, but 5 ms where a hypervisor finds
 // the memory only then, and whoever waits at a barrier for the one who writes waits as long.
@@ -19,20 +19,22 @@ class PagesAhead {
   PagesAhead(const PagesAhead&) = delete;
   PagesAhead& operator=(const PagesAhead&) = delete;
 
-  // The first `bytes` of each array will be written to: the thread goes as far, and never back.  What is in memory
-  // stays as it is.  Where the system has no more pages, or no way to ask for them (Linux before 5.14), the thread
-  // ends.  One caller at a time.
+  // Now there is work to do: nothing is taken for the next 20 ms.  After that, the thread goes on until the first
+  // `bytes` of each array are there, and never back.  What is in memory stays as it is.  Where the system has no more
+  // pages, or no way to ask for them (Linux before 5.14), the thread ends.  One caller at a time.
   void reach(size_t bytes);
 
  private:
   void work();
-  bool take(size_t begin, size_t end) const;
+  bool take(size_t piece) const;
 
   uint8_t* const data_;
   const int count_;
   const size_t size_;
-  std::atomic<size_t> wanted_{0};  // bytes of each array
-  std::thread thread_;             // last: it uses all of the others
+  std::atomic<size_t> wanted_{0};  // pieces: one of each array in turn, since they are written to side by side
+  std::atomic<uint32_t> calls_{0};
+  std::atomic<bool> is_ending_{false};
+  std::thread thread_;  // last: it uses all of the others
 };
 
 }  // namespace llm
