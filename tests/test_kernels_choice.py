@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pathlib
 import re
+import sys
 from collections.abc import Mapping
 
 import msgspec
 import pytest
 
 from llm_serving.cli import main
+from llm_serving.commands import kernels_choice, model_source
 from llm_serving.commands.kernels_choice import packed_weights
+from llm_serving.commands.start_report import StartReport
 from llm_serving.config import load_config
 from llm_serving.errors import ConfigError
 from llm_serving.kernels.cpu import native as module
@@ -40,6 +43,22 @@ def chosen(given: Mapping[str, str]) -> tuple[str | None, str]:
 def refused(given: Mapping[str, str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(sentence)}$"):
         chosen(given)
+
+
+@needs_native
+def test_who_prepares_is_told_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """Else, beside a GPU that is not to be used, it would prepare for `reference`."""
+    monkeypatch.setattr(kernels_choice, "_GPU", tmp_path)
+    assert kernels_choice.packed_as_served("bfloat16", "auto", "auto") is None
+    assert kernels_choice.packed_as_served("bfloat16", "auto", "native", "cpu") == "auto"
+    told = "import json, sys; print(json.dumps({'error': ' '.join(sys.argv[1:])}))"
+    monkeypatch.setattr(model_source, "program", lambda: [sys.executable, "-c", told])
+    config = load_config(None, {**CPU, "model.path": str(tmp_path), "agent.kernels": "native"})
+    flags = "prepare .* --kernels native --device cpu --weights auto"
+    with pytest.raises(ConfigError, match=flags):
+        model_source.prepared_card(config, StartReport())
 
 
 def test_none_switches_the_native_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:

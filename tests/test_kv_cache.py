@@ -11,7 +11,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from llm_serving.agent.kv_cache import BYTES_AHEAD, BYTES_AT_FIRST, KvCache, bytes_per_block, default_num_blocks
+from llm_serving.agent.kv_cache import (
+    BYTES_AHEAD,
+    BYTES_AT_FIRST,
+    KvCache,
+    bytes_per_block,
+    default_num_blocks,
+)
 from llm_serving.agent.memory import available_memory, available_on_host
 from llm_serving.errors import ConfigError
 from llm_serving.model_card import ModelConfig
@@ -111,25 +117,35 @@ class Module:
     """In place of the native one: how much of which arrays was asked for."""
 
     def PagesAhead(self, arrays: npt.NDArray[np.uint8]) -> Module:
-        self.arrays, self.asked = arrays, list[int]()
+        self.arrays, self.asked, self.works = arrays, list[int](), list[bool]()
         return self
 
-    def reach(self, num_bytes: int) -> None:
+    def begin_work(self, num_bytes: int) -> None:
         self.asked.append(num_bytes)
+        self.works.append(True)
+
+    def end_work(self) -> None:
+        self.works.append(False)
 
 
 def test_pages_are_asked_for_before_a_slot_is_written_and_not_long_before() -> None:
     cache = KvCache(CONFIG, 4096, 16, torch.bfloat16, CPU)
     module = Module()
-    cache.reach(0)  # of no effect yet
+    with cache.writing(0):  # of no effect yet
+        pass
     cache.take_pages_ahead(module)
     assert module.arrays.ctypes.data == cache.tensor.data_ptr()
     assert module.arrays.shape == (6, cache.num_bytes // 6)
     at_first, ahead = BYTES_AT_FIRST // 6, BYTES_AHEAD // 6
     assert module.asked == [at_first]
     for slot in (0, 777, 1 << 21):
-        cache.reach(slot)
+        with cache.writing(slot):
+            assert module.works[-1]
         assert module.asked[-1] == max((slot + 1) * 2 * 8 * 2 + ahead, at_first)
+    step = cache.writing(0)
+    step.__enter__()
+    assert not step.__exit__(ValueError, ValueError("of the step"), None)
+    assert module.works == [True, False] * 5
 
 
 def resident_bytes() -> int:

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -299,7 +300,13 @@ def test_a_step_says_how_far_it_writes_before_it_does(
     twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, reached = load(twin.card), list[int]()
-    monkeypatch.setattr(KvCache, "reach", lambda _, slot: reached.append(slot))
+    writing = KvCache.writing
+
+    def said(cache: KvCache, slot: int) -> AbstractContextManager[None]:
+        reached.append(slot)
+        return writing(cache, slot)
+
+    monkeypatch.setattr(KvCache, "writing", said)
     rows = [Row([1, 2], 0, [3]), Row([5], 0, [1])]
     runner.execute(make_step(0, rows), no_tick)
     assert reached == [3 * BLOCK_SIZE + 1]

@@ -67,10 +67,14 @@ TARGETS = (
     Target(rate("1"), "ours-q8_0", ("llamacpp-q8_0",), 1.4),
     Target(rate("1"), "ours-int8", ("llamacpp-q8_0",), 1.4),
     Target(rate("1"), "ours-bf16", ("llamacpp-bf16",), 1.2),
-    *(Target(rate(level), "ours-bf16", BF16, 1.8) for level in LEVELS[1:]),
+    *(
+        Target(rate(level), ours, BF16, 1.8)
+        for ours in ("ours-bf16", "ours-bf16-kv8")
+        for level in LEVELS[1:]
+    ),
     *(
         Target(rate(level), ours, SMALL, 2.5)
-        for ours in ("ours-int8", "ours-q4_1")
+        for ours in ("ours-int8", "ours-int8-kv8", "ours-q4_1")
         for level in LEVELS[1:]
     ),
     Target(rate("32"), "ours-q4_1-sampled", ("ours-q4_1",), 0.9),

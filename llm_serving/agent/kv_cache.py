@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -99,15 +100,23 @@ class KvCache:
         """
         arrays = self.tensor.view(torch.uint8).view(2 * len(self.layers), -1)
         self._pages = module.PagesAhead(arrays.numpy())
-        self.reach(-1)
+        with self.writing(-1):
+            pass
 
-    def reach(self, slot: int) -> None:
-        """A step is about to write keys and values up to this slot."""
-        if self._pages is not None:
-            count = 2 * len(self.layers)
-            each = self.num_bytes // self.num_tokens // count
-            ahead = (slot + 1) * each + BYTES_AHEAD // count
-            self._pages.reach(max(ahead, BYTES_AT_FIRST // count))
+    @contextlib.contextmanager
+    def writing(self, slot: int) -> Iterator[None]:
+        """A step, which writes keys and values up to this slot."""
+        if self._pages is None:
+            yield
+            return
+        count = 2 * len(self.layers)
+        each = self.num_bytes // self.num_tokens // count
+        ahead = (slot + 1) * each + BYTES_AHEAD // count
+        self._pages.begin_work(max(ahead, BYTES_AT_FIRST // count))
+        try:
+            yield
+        finally:
+            self._pages.end_work()
 
 
 def _huge_pages(num_bytes: int) -> torch.Tensor:

@@ -214,9 +214,8 @@ class ModelRunner:
         that finished here.
         """
         check_step(inputs, self._limits)
-        self._cache.reach(int(inputs.slots.max(initial=-1)))
         ids = self._input_ids(inputs)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._cache.writing(int(inputs.slots.max(initial=-1))):
             step = self._begin(inputs)
             forward_ns = time.monotonic_ns()
             hidden = self._run_layers(ids, step, tick)

@@ -114,7 +114,8 @@ class Deployment:
                     if traffic.log is not None:
                         traffic.log.num_requests = front.num_requests
         finally:
-            loading.cancel()
+            if not loading.cancel() and not loading.cancelled():
+                loading.exception()  # is known then: something else ended the start
             await worker.close()
 
     def _load_front_end(self) -> _FrontEnd:

@@ -18,8 +18,8 @@ def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     """(`weights` of `prepare`, why the native kernels do not run).
 
     Raises ConfigError if they, what only they have, or an instruction set, were asked for and
-    cannot run.  With
-    `agent.kernels` reference an instruction set is asked for by nobody, but must exist.
+    cannot run.  With `agent.kernels` reference an instruction set is asked for by nobody, but must
+    exist.
     """
     model, agent = config.model, config.agent
     wanted = instruction_set()
@@ -39,9 +39,14 @@ def packed_weights(config: ServingConfig) -> tuple[str | None, str]:
     return None, reason
 
 
-def packed_as_served(dtype: str, weights: str, kernels: str) -> str | None:
+def packed_as_served(dtype: str, weights: str, kernels: str, device: str = "auto") -> str | None:
     """What `serve` with these flags would have the model packed as."""
-    given = {"model.dtype": dtype, "model.weights": weights, "agent.kernels": kernels}
+    given = {
+        "model.dtype": dtype,
+        "model.weights": weights,
+        "agent.kernels": kernels,
+        "agent.device": device,
+    }
     return packed_weights(load_config(None, given))[0]
 
 

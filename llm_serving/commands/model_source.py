@@ -78,6 +78,7 @@ def _prepare(config: ServingConfig, weights: str | None) -> ModelCard:
     model = config.model
     flags = ["--dtype", model.dtype, "--json", "--parent", str(os.getpid())]
     flags += ["--kernels", "reference" if weights is None else config.agent.kernels]
+    flags += ["--device", config.agent.device]
     flags += [] if weights is None else ["--weights", weights]
     child = subprocess.Popen([*program(), "prepare", model.path, *flags], stdout=subprocess.PIPE)
     try:

@@ -44,6 +44,7 @@ def prepare(
     ] = "auto",
     weights: Annotated[str, typer.Option(help="as `serve --weights`")] = "auto",
     kernels: Annotated[str, typer.Option(help="as `serve --kernels`")] = "auto",
+    device: Annotated[str, typer.Option(help="as `serve --device`")] = "auto",
     parent: Annotated[
         int | None, typer.Option(hidden=True, help="the process without which this one is useless")
     ] = None,
@@ -61,7 +62,7 @@ def prepare(
         end_with_parent(signal.SIGTERM, parent)
     try:
         with ConsoleProgress() as progress:
-            packed_as = packed_as_served(dtype, weights, kernels)
+            packed_as = packed_as_served(dtype, weights, kernels, device)
             needs_native = kernels == "native"
             card = convert(model, dtype, progress, packed_as, needs_native=needs_native)
     except ConfigError as exc:

@@ -215,10 +215,13 @@ class NativePlan:
         `records` [num_rows] SAMPLING_DTYPE are what the rows will be asked.
         """
         digest = Digest.empty(self._module, len(rows), self._vocab_size, logits is not None)
+        asked = None
+        if records is not None:
+            asked = records.view(np.uint8).reshape(len(rows), records.itemsize)
         self._plan.head(
             hidden.numpy(),
             rows,
-            None if records is None else records.view(np.uint8).reshape(len(rows), -1),
+            asked,
             digest.columns(),
             None if logits is None else logits.numpy(),
             digest.maxima,

@@ -63,6 +63,8 @@ def why_misfit(config: ModelConfig, weights: str) -> str:
     """What the native kernels, with such weights, cannot run of a model; empty if they can."""
     if config.head_dim > _MAX_HEAD_DIM:
         return f"its head_dim is {config.head_dim}, more than {_MAX_HEAD_DIM}"
+    if config.head_dim % 2:
+        return f"its head_dim is {config.head_dim}, an odd number"
     if config.intermediate_size % _HALF_PANEL:
         return (
             f"its intermediate_size is {config.intermediate_size}, not a multiple of {_HALF_PANEL}"

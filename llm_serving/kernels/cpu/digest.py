@@ -36,4 +36,4 @@ class Digest:
 
     def columns(self) -> npt.NDArray[np.float32]:
         """`ranges` as the extension module takes them, float32 [num_rows, ranges, 4]."""
-        return self.ranges.view(np.float32).reshape(*self.ranges.shape, -1)
+        return self.ranges.view(np.float32).reshape(*self.ranges.shape, SUMMARY_DTYPE.itemsize // 4)

@@ -22,8 +22,9 @@ void bind_pages(nb::module_& m) {
           },
           nb::arg("arrays").noconvert(), nb::keep_alive<1, 2>(),
           "`arrays` [count, bytes]: all are written to from their beginnings on, at the same rate.")
-      .def("reach", &PagesAhead::reach, nb::arg("bytes"),
-           "There is work to do; once there has been none for 20 ms, take the pages of the first `bytes` of each array.");
+      .def("begin_work", &PagesAhead::begin_work, nb::arg("bytes"),
+           "Once there has been no work for 20 ms, take the pages of the first `bytes` of each array.")
+      .def("end_work", &PagesAhead::end_work);
 }
 
 }  // namespace llm

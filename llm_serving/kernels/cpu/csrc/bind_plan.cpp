@@ -146,9 +146,9 @@ class BoundPlan {
       out.maxima = data_of<float>(*maxima, "maxima", {count, num_maxima(width)});
     }
     if (records) {
+      const uint8_t* packed = data_of<const uint8_t>(*records, "records", {count, sizeof(SamplingRecord)});
       records_.resize(count);
-      std::memcpy(records_.data(), data_of<const uint8_t>(*records, "records", {count, sizeof(SamplingRecord)}),
-                  count * sizeof(SamplingRecord));
+      if (count > 0) std::memcpy(records_.data(), packed, count * sizeof(SamplingRecord));
       out.records = records_.data();
     }
     nb::gil_scoped_release released;

@@ -25,8 +25,8 @@ PagesAhead::~PagesAhead() {
   thread_.join();
 }
 
-void PagesAhead::reach(size_t bytes) {
-  calls_.fetch_add(1, std::memory_order_relaxed);
+void PagesAhead::begin_work(size_t bytes) {
+  works_.fetch_add(1);
   const size_t wanted = (std::min(bytes, size_) + PIECE - 1) / PIECE * count_;
   if (wanted <= wanted_.load()) return;
   wanted_.store(wanted);
@@ -41,9 +41,9 @@ void PagesAhead::work() {
       wanted_.wait(wanted);
       continue;
     }
-    const uint32_t calls = calls_.load();
+    const uint32_t works = works_.load();
     std::this_thread::sleep_for(REST);
-    while (done < std::min(wanted, all) && calls == calls_.load() && !is_ending_.load())
+    while (works % 2 == 0 && done < std::min(wanted, all) && works == works_.load() && !is_ending_.load())
       if (!take(done++)) return;
     if (is_ending_.load()) return;
   }

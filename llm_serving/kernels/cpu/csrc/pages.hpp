@@ -19,10 +19,11 @@ class PagesAhead {
   PagesAhead(const PagesAhead&) = delete;
   PagesAhead& operator=(const PagesAhead&) = delete;
 
-  // Now there is work to do: nothing is taken for the next 20 ms.  After that, the thread goes on until the first
-  // `bytes` of each array are there, and never back.  What is in memory stays as it is.  Where the system has no more
-  // pages, or no way to ask for them (Linux before 5.14), the thread ends.  One caller at a time.
-  void reach(size_t bytes);
+  // Work begins: nothing is taken until 20 ms after its end.  Then the thread goes on until the first `bytes` of each
+  // array are there, and never back.  What is in memory stays as it is.  Where the system has no more pages, or no way
+  // to ask for them (Linux before 5.14), the thread ends.  One caller at a time.
+  void begin_work(size_t bytes);
+  void end_work() { works_.fetch_add(1); }
 
  private:
   void work();
@@ -32,7 +33,7 @@ class PagesAhead {
   const int count_;
   const size_t size_;
   std::atomic<size_t> wanted_{0};  // pieces: one of each array in turn, since they are written to side by side
-  std::atomic<uint32_t> calls_{0};
+  std::atomic<uint32_t> works_{0};  // begun and ended; odd: one is under way
   std::atomic<bool> is_ending_{false};
   std::thread thread_;  // last: it uses all of the others
 };
