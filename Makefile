@@ -69,7 +69,7 @@ sanitize: install
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN))/python -S -m pytest -q --capture=sys tests/test_cpu_linear.py tests/test_cpu_tiles.py \
 	  tests/test_cpu_attention.py tests/test_cpu_elementwise.py tests/test_cpu_sampling.py \
-	  tests/test_packed_model.py
+	  tests/test_cpu_pages.py tests/test_packed_model.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -212,8 +212,9 @@ def test_the_head_says_what_logits_amount_to_also_where_it_does_not_keep_them(
     assert (digest.ranges["heated"] > 0).all(1).tolist() == [True, False, True]
     assert not runner.plan.head(hidden, rows, None).ranges["heated"].any()
     np.testing.assert_array_equal(digest.maxima, expected.maxima)
-    nothing = runner.plan.head(hidden, rows[:0], None, records[:0])  # of a prompt's first chunks
-    assert nothing.columns().shape == (0, -(-vocab_size // 2048), 4)
+    for room in (None, logits[:0], torch.empty(0, vocab_size)):  # of a prompt's first chunks
+        nothing = runner.plan.head(hidden, rows[:0], room, records[:0])
+        assert nothing.columns().shape == (0, -(-vocab_size // 2048), 4)
 
 
 @pytest.mark.parametrize("isa", ISAS)

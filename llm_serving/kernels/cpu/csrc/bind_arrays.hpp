@@ -34,10 +34,11 @@ constexpr const char* type_name() {
 template <typename T, typename A>
 T* data_of(const A& array, const char* name, std::initializer_list<int64_t> shape) {
   bool fits = array.dtype() == nanobind::dtype<std::remove_const_t<T>>() && array.ndim() == shape.size();
+  const bool is_empty = array.size() == 0;  // its strides may be anything
   int64_t stride = 1;
   for (size_t i = array.ndim(); fits && i-- > 0;) {
     const int64_t wanted = shape.begin()[i], size = static_cast<int64_t>(array.shape(i));
-    fits = (wanted < 0 || size == wanted) && (size <= 1 || array.stride(i) == stride);
+    fits = (wanted < 0 || size == wanted) && (is_empty || size <= 1 || array.stride(i) == stride);
     stride *= size;
   }
   if (!fits)
