@@ -155,7 +155,10 @@ def test_in_a_pool_so_small_that_requests_are_preempted(
     try:
         assert "warning: the KV cache holds 384 tokens" in server.output
         fitting = [a for a, length in zip(answers, LENGTHS, strict=True) if length <= 256]
-        check_all_at_once(server, fitting)
+        for _ in range(5):  # who comes so late that another has ended need not be preempted
+            check_all_at_once(server, fitting)
+            if server.metric("vllm:num_preemptions_total") > 0:
+                break
         assert server.metric("vllm:num_preemptions_total") > 0
     finally:
         assert server.stop() == 0
