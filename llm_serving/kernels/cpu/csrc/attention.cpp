@@ -30,7 +30,7 @@ void pack_queries(const Attended& io, const AttentionTile& tile, int kv_head, in
     char* to = reinterpret_cast<char*>(packed) + static_cast<size_t>(row) * d * (format == KvFormat::f32 ? 4 : 2);
     F32 by = zero();
     if constexpr (format == KvFormat::i8) {
-      scales[row] = query_word(query, scale, d);
+      scales[row] = unit_of(query, scale, d, MOST_QUERY_WORD);
       by = set1(scales[row] > 0 ? 1.0f / scales[row] : 0.0f);
     }
     for (int i = 0; i < d; i += LANES) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "kernels.hpp"
+#include "unit.hpp"
 #include "vec.hpp"
 
 namespace llm {
@@ -19,7 +20,6 @@ constexpr int CHUNK_TILES = CHUNK / TILE;
 
 // A query's words times MAX_HEAD_DIM bytes, and a weight's times CHUNK bytes, add up to less than 2^31.
 constexpr float MOST_QUERY_WORD = 16383.0f, MOST_WEIGHT_WORD = 32767.0f;
-constexpr float VANISHING = 1e-30f;  // what is not larger counts as 0
 
 // A lane's 32 bits of the cache: PER_LANE numbers; and what their products add up in.
 template <KvFormat format>
@@ -66,18 +66,6 @@ LLM_INLINE typename Lane<format>::Sum dot(typename Lane<format>::Sum sum, I32 a,
 // The scales of a tile's positions.
 LLM_INLINE F32 load_scales(const char* tile, size_t offset) {
   return load(reinterpret_cast<const float*>(tile + offset));
-}
-
-// What a word of x [d] * scale is worth; NaN if some x is not finite.
-inline float query_word(const float* x, F32 scale, int d) {
-  F32 most = zero(), finite = zero();
-  for (int i = 0; i < d; i += LANES) {
-    const F32 scaled = mul(load(x + i, std::min(d - i, LANES)), scale);
-    most = max(most, absolute(scaled));
-    finite = fma(scaled, zero(), finite);
-  }
-  const float top = largest(most);
-  return (top > VANISHING ? top / MOST_QUERY_WORD : 0.0f) + sum(finite);
 }
 
 // A chunk's weights, each times the scale of its value -> words; what a word is worth.  Where a weight is 0

@@ -4,6 +4,7 @@
 
 #include "elementwise.hpp"
 #include "kernels.hpp"
+#include "unit.hpp"
 
 namespace llm {
 namespace ISA {
@@ -26,19 +27,6 @@ void round_row(uint16_t* rounded, const float* x, int d) {
 }
 
 constexpr float MOST_BYTE = 127.0f;
-constexpr float VANISHING = 1e-30f;  // what is not larger counts as 0
-
-// What a byte of x [d] is worth; NaN if some x is not finite.
-float byte_scale(const float* x, int d) {
-  F32 most = zero(), finite = zero();
-  for (int i = 0; i < d; i += LANES) {
-    const F32 some = load(x + i, std::min(d - i, LANES));
-    most = max(most, absolute(some));
-    finite = fma(some, zero(), finite);
-  }
-  const float top = largest(most);
-  return (top > VANISHING ? top / MOST_BYTE : 0.0f) + sum(finite);
-}
 
 void round_row(int8_t* bytes, const float* x, float scale, int d) {
   const F32 by = set1(scale > 0 ? 1.0f / scale : 0.0f);
@@ -66,7 +54,7 @@ void store_bf16(const Place& at, const float* key, const float* value, int d) {
 // Bytes cannot be NaN: a key's scale is if the key or the value is not finite, so that all who see it get NaN.
 void store_bytes(const Place& at, const float* key, const float* value, int d) {
   int8_t bytes[MAX_HEAD_DIM + LANES];
-  float key_scale = byte_scale(key, d), value_scale = byte_scale(value, d);
+  float key_scale = unit_of(key, set1(1.0f), d, MOST_BYTE), value_scale = unit_of(value, set1(1.0f), d, MOST_BYTE);
   key_scale += value_scale * 0.0f;
   if (!std::isfinite(value_scale)) value_scale = 0.0f;
   round_row(bytes, key, key_scale, d);

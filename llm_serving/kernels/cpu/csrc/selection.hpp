@@ -89,19 +89,22 @@ LLM_INLINE uint64_t key_of(float value, int32_t place) {
   return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(place);
 }
 
-// The values that are at least `cut`, in order of their places; how many.
-inline int find_candidates(const float* values, int n, float cut, const Search& search) {
-  const F32 edge = set1(cut);
-  int count = 0;
-  for (int i = 0; i < n; i += LANES) {
-    const F32 v = n - i < LANES ? load(values + i, n - i) : load(values + i);
-    const uint32_t mask = at_least(v, edge) & first_lanes(n - i);
+// Adds the values of places [begin, end) that are at least `edge` to the `count` found; how many they are then.
+LLM_INLINE int add_candidates(const float* values, int begin, int end, F32 edge, int count, const Search& search) {
+  for (int i = begin; i < end; i += LANES) {
+    const F32 v = end - i < LANES ? load(values + i, end - i) : load(values + i);
+    const uint32_t mask = at_least(v, edge) & first_lanes(end - i);
     if (mask == 0) continue;
     compress(mask, as_bits(v), search.values + count);
     compress(mask, counting(i), search.places + count);
     count += __builtin_popcount(mask);
   }
   return count;
+}
+
+// The values that are at least `cut`, in order of their places; how many.
+inline int find_candidates(const float* values, int n, float cut, const Search& search) {
+  return add_candidates(values, 0, n, set1(cut), 0, search);
 }
 
 // The same, of a row whose maxima (see Digest) say where to look; cut > -inf.
@@ -115,14 +118,7 @@ inline int find_candidates(const float* values, int n, const float* maxima, floa
     if (ahead <= last_maxima && at_least(load(ahead), edge) != 0)
       for (int i = 0; i < MAXIMA_COLUMNS; i += LANES) prefetch(values + begin + AHEAD * MAXIMA_COLUMNS + i);
     if (at_least(load(maxima), edge) == 0) continue;
-    for (int i = begin; i < std::min(begin + MAXIMA_COLUMNS, n); i += LANES) {
-      const F32 v = n - i < LANES ? load(values + i, n - i) : load(values + i);
-      const uint32_t mask = at_least(v, edge) & first_lanes(n - i);
-      if (mask == 0) continue;
-      compress(mask, as_bits(v), search.values + count);
-      compress(mask, counting(i), search.places + count);
-      count += __builtin_popcount(mask);
-    }
+    count = add_candidates(values, begin, std::min(begin + MAXIMA_COLUMNS, n), edge, count, search);
   }
   return count;
 }
