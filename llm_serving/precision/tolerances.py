@@ -28,9 +28,12 @@ TOLERANCES: dict[tuple[str, str, str], Tolerance] = {
     ("float32", "Q4_1", "native (avx512)"): Tolerance(2.5, 1e-5),
     ("float32", "Q4_1", "native (avx2)"): Tolerance(2.5, 1e-5),
     ("float32", "Q4_1", "native (amx)"): Tolerance(2.5, 1e-5),  # avx512's kernel
+    ("float32", "Q4_1 as float32, int8 cache", "*"): Tolerance(2.0, 1e-5),
     ("bfloat16", "*", "*"): Tolerance(2.5, 1e-5),
     ("bfloat16", "Q4_1 as bfloat16", "*"): Tolerance(0.75, 1e-5),
+    ("bfloat16", "Q4_1 as bfloat16, int8 cache", "*"): Tolerance(1.5, 1e-5),
     ("bfloat16", "Q4_1 as int8", "*"): Tolerance(7.0, 1e-5),
+    ("bfloat16", "Q4_1 as int8, int8 cache", "*"): Tolerance(7.5, 1e-5),
 }
 
 
