@@ -15,10 +15,8 @@ import acc_allclose
 from llm_serving.cli import main
 from llm_serving.commands import baseline as module
 from llm_serving.commands.eta_bar import EtaBar
-from llm_serving.model_card import ModelCard
-from llm_serving.precision.logits_dump import LogitsDump
 from llm_serving.precision.manifest import MANIFEST_NAME, read_manifest
-from tests.tiny_models import Chunk, PagedRunner, Twin, build_twin
+from tests.tiny_models import Twin, build_twin
 from tests.tiny_tokenizer import make_tiny_tokenizer, tiny_tokenizer_path
 
 torch.set_num_threads(2)
@@ -192,31 +190,3 @@ def test_time_that_is_left_is_told(
     for done in (10, 20, 30, 40):
         bar.show(done, 80)
     assert capsys.readouterr().err == ("  25% done, about 18 s left\n  50% done, about 12 s left\n")
-
-
-def test_our_logits_of_the_real_model_pass_in_float32(
-    smollm2_card: ModelCard, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Dumped as a server does it, then compared with transformers for exactly these prefixes."""
-    ids = np.random.default_rng(0).integers(0, 49152, 80).astype(np.int32)
-    runner = PagedRunner(smollm2_card, block_size=16, max_model_len=128)
-    (logits,) = runner.step([Chunk(ids.tolist(), 0, runner.take_blocks(len(ids)))])
-    labels = {
-        "model_digest": smollm2_card.digest,
-        "dtype": "float32",
-        "weights": smollm2_card.weights_kind,
-        "kernels": "reference",
-        "source": "server",
-    }
-    dump = LogitsDump(tmp_path / "new", every=1, labels=labels)
-    for position in (0, 20, 50, 79):
-        dump.take(ids[: position + 1], position, logits[position].numpy())
-    dump.close()
-    base, new = str(tmp_path / "base"), str(tmp_path / "new")
-    config = ["--model", "smollm2-135m-instruct"]
-    assert main(["baseline", *config, "--from", new, "--out", base]) == 0
-    capsys.readouterr()
-    code = acc_allclose.main(["--base_path", base, "--new_path", new])
-    output = capsys.readouterr().out
-    assert (code, output.splitlines()[-1]) == (0, "4/4 passed"), output
-    assert "top-1 the same in 4 of 4" in output
