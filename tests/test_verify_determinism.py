@@ -169,8 +169,12 @@ def test_a_long_context_that_differs_in_company_is_found(
 
 
 @pytest.mark.usefixtures("two_runs", "no_long_prompts")
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_native), "reference"])
 def test_a_row_that_is_given_the_sample_of_another_is_found(
-    smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    smollm2: pathlib.Path,
+    kernels: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     input_ids = ModelRunner._input_ids
 
@@ -180,12 +184,18 @@ def test_a_row_that_is_given_the_sample_of_another_is_found(
         return input_ids(runner, inputs)
 
     monkeypatch.setattr(ModelRunner, "_input_ids", spoilt)
-    assert verify_determinism.main([*FEW, "--model", str(smollm2)]) == 1
+    flags = ["--model", str(smollm2), "--kernels", kernels]
+    assert verify_determinism.main([*FEW, *flags]) == 1
     told = capsys.readouterr().out
-    assert re.search(r"random company .* 0 logits, [1-9]\d* ids DIFFER", told), told
-    assert told.splitlines()[-1].startswith("not the same in any company, ")
+    logits, promise = {
+        "native": ("0", "which the native kernels promise"),
+        "reference": (r"\d+", "nor does reference promise it"),
+    }[kernels]
+    assert re.search(rf"random company .* {logits} logits, [1-9]\d* ids DIFFER", told), told
+    assert told.splitlines()[-1] == f"not the same in any company, {promise}"
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs")
 def test_a_run_without_long_contexts_or_rows_ahead_proves_nothing(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -210,6 +220,7 @@ def test_answers_that_leave_no_room_for_a_prompt_are_refused(smollm2: pathlib.Pa
         verify_determinism.main(["--model", str(smollm2), "--new-tokens", "8192"])
 
 
+@needs_native
 @pytest.mark.usefixtures("two_runs", "no_long_prompts")
 def test_a_run_that_always_keeps_logits_proves_nothing(
     smollm2: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

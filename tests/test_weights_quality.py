@@ -10,7 +10,9 @@ import sys
 import msgspec
 import pytest
 
+from llm_serving.kernels.cpu.native import INSTRUCTION_SET
 from tests import tiny_gguf
+from tests.native_kernels import needs_native
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "benchmarks" / "weights_quality.py"
 LLAMA = """#!{python}
@@ -54,6 +56,7 @@ def run(tmp_path: pathlib.Path, *words: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=150)
 
 
+@needs_native
 def test_forms_of_weights_are_told_apart_and_llama_cpp_gets_the_same_reference(
     model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -76,6 +79,7 @@ def test_forms_of_weights_are_told_apart_and_llama_cpp_gets_the_same_reference(
     assert theirs[2:] == ["1.00e-03 ± 2e-05", "97.50 %"]
 
 
+@needs_native
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -98,3 +102,13 @@ def test_what_cannot_be_measured_is_said_in_a_sentence(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert sentence in done.stderr
+
+
+def test_without_the_native_kernels_there_is_one_sentence(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(INSTRUCTION_SET, "none")
+    done = run(tmp_path, str(model))
+    assert done.returncode == 1
+    reason = f"the native kernels cannot run here: {INSTRUCTION_SET} is none"
+    assert done.stderr == f"weights_quality: {reason}\n"

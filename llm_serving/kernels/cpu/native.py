@@ -35,9 +35,9 @@ def why_not() -> str:
 
 
 def native() -> Any:
-    """The extension module.  Ask `why_not` first."""
+    """The extension module.  Raises ConfigError where it cannot run."""
     if reason := why_not():
-        raise ImportError(reason)
+        raise ConfigError(f"the native kernels cannot run here: {reason}")
     return _module
 
 
