@@ -220,7 +220,7 @@ void bind_plan(nb::module_& m) {
            "maxima"_a.none(),
            "Rows of hidden through the last norm and the head: of each what its ranges amount to, SUMMARY_DTYPE as\n"
            "float32 [tokens, ranges, 4], with the sums that its SAMPLING_DTYPE asks for (uint8 [tokens, 48]); its\n"
-           "logits and their maxima float32, unless None.  See Digest in csrc/sampling.hpp.")
+           "logits and their maxima float32, unless None.  See Digest in csrc/sampling_kernels.hpp.")
       .def("spent", &BoundPlan::spent)
       .def_prop_rw("is_profiled", &BoundPlan::is_profiled, &BoundPlan::set_profiled)
       .def_prop_ro("num_layers", &BoundPlan::num_layers);

@@ -113,8 +113,8 @@ void bind_sampling(nb::module_& m) {
            "One id for each row of logits [n, vocab], which it may overwrite: see csrc/sample.hpp.  records are "
            "SAMPLING_DTYPE as uint8 [n, 48], ranges and maxima what Plan.head wrote of the same logits and records: with "
            "ranges greedy rows need no logits.  What comes out is written to the last five.");
-  m.def("num_ranges", &num_ranges, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/sampling.hpp.");
-  m.def("num_maxima", &num_maxima, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/sampling.hpp.");
+  m.def("num_ranges", &num_ranges, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/sampling_kernels.hpp.");
+  m.def("num_maxima", &num_maxima, nb::arg("width"), "Of a row of so many logits; see Digest in csrc/sampling_kernels.hpp.");
   m.def("uniform", &uniform, nb::arg("seed"), nb::arg("position"), nb::arg("sample_index"));
 }
 

@@ -8,7 +8,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernels.hpp"
+#include "sampling_kernels.hpp"
 #include "selection.hpp"
 
 namespace llm {

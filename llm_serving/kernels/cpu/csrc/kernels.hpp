@@ -11,7 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "sampling.hpp"
+#include "sampling_kernels.hpp"
 
 namespace llm {
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels.hpp"
+#include "sampling_kernels.hpp"
 
 namespace llm {
 

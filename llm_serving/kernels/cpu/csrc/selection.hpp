@@ -5,7 +5,7 @@
 #include <functional>
 #include <limits>
 
-#include "kernels.hpp"
+#include "sampling_kernels.hpp"
 #include "vec.hpp"
 
 namespace llm {
