@@ -132,11 +132,11 @@ def test_alone_all_at_once_and_from_the_prefix_cache(
         tmp_path / "log", "--dtype", "float32", "--kernels", kernels
     ).wait_ready()
     try:
-        for answer in answers:
+        for answer in answers if kernels == "native" else answers[1::2]:  # half are slow enough
             check(server, answer)
         hits = server.metric("vllm:prefix_cache_hits_total")
         check_all_at_once(server, answers)
-        assert server.metric("vllm:prefix_cache_hits_total") > hits + 2000
+        assert server.metric("vllm:prefix_cache_hits_total") > hits + 1500
     finally:
         assert server.stop() == 0
 
@@ -207,4 +207,4 @@ def test_logits_of_the_real_model_are_the_references(
         inputs = builder.build(Step(step_id, [row], [row]))
         ours = torch.from_numpy(runner.execute(inputs, lambda: None).logits)
         start += num_tokens
-        assert (ours[0] - theirs[start - 1]).abs().max() < 1e-3
+        assert (ours[0] - theirs[start - 1]).abs().max() < 5e-4  # as is documented

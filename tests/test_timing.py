@@ -7,7 +7,6 @@ import itertools
 import json
 import pathlib
 import re
-import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,10 +104,10 @@ def test_the_stages_of_a_request_are_the_clients_wall_time(run: Run) -> None:
         assert one.generated_tokens == NUM_NEW
         assert list(one.timing) == list(REQUEST_STAGES)
         assert min(one.timing.values()) >= 0
-    # A busy machine does not run every client at once, which is not the server's.
+    # A busy machine lets one of the clients wait, which is not the server's time.
     lost = [1 - sum(one.timing.values()) / one.wall_ms for one in (run.alone, *run.together)]
     assert min(lost) >= 0
-    assert statistics.median(lost) <= SHARE
+    assert sorted(lost)[-2] <= SHARE
 
 
 def test_the_head_of_a_stream_has_the_stages_up_to_the_first_byte(run: Run) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LEVELS = ("1", "8", "16", "32")
+FIRST_TOKENS = ("q4_1", "int8", "int8-kv8", "bf16")
 BF16 = ("openvino-bf16", "vllm-bf16", "llamacpp-bf16")
 SMALL = ("openvino-int8", "llamacpp-q4_1", "llamacpp-q4_0", "llamacpp-q8_0")
 
@@ -74,11 +75,11 @@ TARGETS = (
     ),
     *(
         Target(rate(level), ours, SMALL, 2.5)
-        for ours in ("ours-int8", "ours-int8-kv8", "ours-q4_1")
+        for ours in ("ours-int8", "ours-int8-kv8", "ours-q4_0", "ours-q4_1")
         for level in LEVELS[1:]
     ),
     Target(rate("32"), "ours-q4_1-sampled", ("ours-q4_1",), 0.9),
-    *(Target(TTFT, f"ours-{form}", (*SMALL, *BF16), 0.5) for form in ("q4_1", "int8", "bf16")),
+    *(Target(TTFT, f"ours-{form}", (*SMALL, *BF16), 0.5) for form in FIRST_TOKENS),
 )
 
 

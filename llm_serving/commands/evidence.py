@@ -34,8 +34,17 @@ def transport_log(config: AgentConfig, on_event: Callable[[str], None]) -> Itera
         yield log
 
 
-def _cache(ready: Ready) -> str:
-    return "" if ready.kv_dtype in ("", ready.dtype) else f", {ready.kv_dtype} cache"
+def dump_labels(card: ModelCard, ready: Ready) -> dict[str, str]:
+    """What the manifest says of all logits of a server."""
+    cache = "" if ready.kv_dtype in ("", ready.dtype) else f", {ready.kv_dtype} cache"
+    return {
+        "model": card.name,
+        "model_digest": card.digest,
+        "dtype": ready.dtype,
+        "weights": card.weights_served + cache,
+        "kernels": "+".join(sorted(set(ready.kernels.values()))),
+        "source": "server",
+    }
 
 
 @contextlib.contextmanager
@@ -46,15 +55,9 @@ def logits_dump(
     if config.dump_dir is None:
         yield None
         return
-    labels = {
-        "model": card.name,
-        "model_digest": card.digest,
-        "dtype": ready.dtype,
-        "weights": card.weights_served + _cache(ready),
-        "kernels": "+".join(sorted(set(ready.kernels.values()))),
-        "source": "server",
-    }
-    dump = LogitsDump(pathlib.Path(config.dump_dir), every=config.every, labels=labels)
+    dump = LogitsDump(
+        pathlib.Path(config.dump_dir), every=config.every, labels=dump_labels(card, ready)
+    )
     try:
         yield dump
     finally:
