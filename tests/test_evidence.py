@@ -31,18 +31,7 @@ def test_every_form_of_weights_and_cache_has_its_tolerance(
     smollm2_card: ModelCard, dtype: str, packed_as: str, kv_dtype: str, atol: float
 ) -> None:
     card = msgspec.structs.replace(smollm2_card, dtype=dtype, packed_as=packed_as)
-    ready = Ready(
-        rank=0,
-        agent_epoch=0,
-        num_blocks=1,
-        block_size=16,
-        vocab_size=49152,
-        max_model_len=64,
-        dtype=dtype,
-        device="cpu",
-        kernels={"linear": "native (avx512)", "attention": "native (avx512)"},
-        versions={},
-        kv_dtype=kv_dtype,
-    )
+    kernels = {"linear": "native (avx512)", "attention": "native (avx512)"}
+    ready = Ready(0, 0, 1, 16, 49152, 64, dtype, "cpu", kernels, {}, kv_dtype=kv_dtype)
     found = documented(Labels(**dump_labels(card, ready)))
     assert (found.atol, found.origin) == (atol, "documented")
